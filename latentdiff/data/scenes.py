@@ -1,0 +1,269 @@
+"""Emoji scenes: pictures with captions, each a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator
+
+from latentdiff.config import Config
+from latentdiff.data.sprites import load_sprites
+from latentdiff.errors import InputError
+
+Relation = Literal["left", "right", "above", "below"]
+RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
+OPPOSITE: dict[Relation, Relation] = {
+    "left": "right",
+    "right": "left",
+    "above": "below",
+    "below": "above",
+}
+PHRASES: dict[Relation, tuple[str, ...]] = {
+    "left": ("to the left of", "left of", "on the left of"),
+    "right": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over", "on top of"),
+    "below": ("below", "under", "beneath"),
+}
+SIDES: dict[Relation, tuple[str, str]] = {
+    "left": ("on the left", "on the right"),
+    "right": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
+STYLES = ("a picture of", "an image of", "a drawing of", "an emoji of")
+
+HELD_OUT_PAIRS = 0.10
+HELD_OUT_COLOURS = 0.10
+SINGLE_SIZE = (0.50, 0.80)
+PAIR_SIZE = (0.36, 0.46)
+
+
+class Concept(Config):
+    """One thing that scenes show."""
+
+    sprite: str
+    """The sprite's name in the sprites file."""
+    nouns: tuple[str, ...] = Field(min_length=1)
+    """What captions call it, the canonical noun first; each a countable singular."""
+
+
+class ScenesConfig(Config):
+    """What scenes are made of."""
+
+    seed: int
+    """Scene number `index` is a pure function of (seed, index)."""
+    resolution: int = Field(gt=0, multiple_of=8)
+    """Width and height in pixels."""
+    pair_share: float = Field(ge=0, le=1)
+    """Share of scenes that show two objects."""
+    concepts: tuple[Concept, ...] = Field(min_length=2)
+    """Everything that scenes show."""
+    backgrounds: dict[str, tuple[int, int, int]] = Field(min_length=1)
+    """Background colours by name, sRGB 0..255."""
+
+    @field_validator("concepts")
+    @classmethod
+    def _unique(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+        nouns = [noun for concept in concepts for noun in concept.nouns]
+        if twice := {noun for noun in nouns if nouns.count(noun) > 1}:
+            raise ValueError(f"nouns used twice: {', '.join(sorted(twice))}")
+        return concepts
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object in a scene: its canonical noun, its box's upper left corner and size in pixels."""
+
+    concept: str
+    x: int
+    y: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture before it is drawn. The first object is `relation` of the second."""
+
+    objects: tuple[Placed, ...]
+    relation: Relation | None
+    background: str
+    caption: str
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on nothing but the text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def is_held_out_pair(a: str, b: str) -> bool:
+    """Whether scenes with these two objects (canonical nouns, any order) never train a model."""
+    first, second = sorted((a, b))
+    return _share(f"pair|{first}|{second}") < HELD_OUT_PAIRS
+
+
+def is_held_out_colour(concept: str, colour: str) -> bool:
+    """Whether this object on this background never trains a model."""
+    return _share(f"colour|{concept}|{colour}") < HELD_OUT_COLOURS
+
+
+class EmojiScenes:
+    """An endless set of captioned pictures.
+
+    split "train" holds no held-out pair and no held-out (object, colour); in split "held_out"
+    every single object stands on a colour held out for it, and every pair is a held-out pair.
+    """
+
+    def __init__(
+        self, config: ScenesConfig, split: Literal["train", "held_out"] = "train"
+    ) -> None:
+        self.config = config
+        self.split = split
+        self.concepts = {concept.nouns[0]: concept for concept in config.concepts}
+        sprites = load_sprites()
+        if missing := [c.sprite for c in config.concepts if c.sprite not in sprites]:
+            raise InputError(f"There are no sprites named {', '.join(missing)}.")
+        self._sprites = {noun: sprites[c.sprite] for noun, c in self.concepts.items()}
+        self._nouns, self._colours = list(self.concepts), list(config.backgrounds)
+        self.sprite = functools.lru_cache(maxsize=None)(self._scaled)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """image: uint8 array [H, W, 3]; caption: str."""
+        scene = self.scene(index)
+        return {"image": self.render(scene), "caption": scene.caption}
+
+    def scene(self, index: int) -> Scene:
+        """Scene number `index` (any integer >= 0)."""
+        rng = random.Random(f"{self.config.seed}|{self.split}|{index}")
+        pair = rng.random() < self.config.pair_share
+        while True:
+            nouns = rng.sample(self._nouns, 2 if pair else 1)
+            colour = rng.choice(self._colours)
+            if self._belongs(nouns, colour):
+                break
+        relation = rng.choice(RELATIONS) if pair else None
+        objects = self._place(nouns, relation, rng)
+        return Scene(objects, relation, colour, self._caption(objects, relation, colour, rng))
+
+    def _belongs(self, nouns: Sequence[str], colour: str) -> bool:
+        held_colour = any(is_held_out_colour(noun, colour) for noun in nouns)
+        held_pair = len(nouns) == 2 and is_held_out_pair(nouns[0], nouns[1])
+        if self.split == "train":
+            return not held_colour and not held_pair
+        return held_pair if len(nouns) == 2 else held_colour
+
+    def _place(
+        self, nouns: Sequence[str], relation: Relation | None, rng: random.Random
+    ) -> tuple[Placed, ...]:
+        side = self.config.resolution
+        if relation is None:
+            size = round(rng.uniform(*SINGLE_SIZE) * side)
+            return (Placed(nouns[0], rng.randint(0, side - size), rng.randint(0, side - size), size),)
+        placed = []
+        for number, noun in enumerate(nouns):
+            size = round(rng.uniform(*PAIR_SIZE) * side)
+            lower = (number == 0) == (relation in ("left", "above"))
+            along = rng.randint(0, side // 2 - size) + (0 if lower else side // 2)
+            across = (side - size) // 2 + round(rng.uniform(-0.14, 0.14) * side)
+            x, y = (along, across) if relation in ("left", "right") else (across, along)
+            placed.append(Placed(noun, x, y, size))
+        return tuple(placed)
+
+    def _caption(
+        self,
+        objects: Sequence[Placed],
+        relation: Relation | None,
+        colour: str,
+        rng: random.Random,
+    ) -> str:
+        articles = rng.random() < 0.75
+        names = [self._name(placed.concept, articles, rng) for placed in objects]
+        if relation is None:
+            words = names[0]
+        else:
+            if rng.random() < 0.5:
+                names.reverse()
+                relation = OPPOSITE[relation]
+            if rng.random() < 0.75:
+                words = f"{names[0]} {rng.choice(PHRASES[relation])} {names[1]}"
+            else:
+                first, second = SIDES[relation]
+                words = f"{names[0]} {first} and {names[1]} {second}"
+        if articles and rng.random() < 0.2:
+            words = f"{rng.choice(STYLES)} {words}"
+        if rng.random() < 0.25:
+            return words
+        ground = f"{_article(colour)} {colour} background" if articles else f"{colour} background"
+        return rng.choice(
+            (
+                f"{words} on {ground}",
+                f"{words} on {ground}",
+                f"{words} on {colour}",
+                f"{words}, {colour} background",
+                f"{words} in front of {ground}",
+                f"{ground} with {words}",
+            )
+        )
+
+    def _name(self, concept: str, article: bool, rng: random.Random) -> str:
+        noun = rng.choice(self.concepts[concept].nouns)
+        return f"{_article(noun)} {noun}" if article else noun
+
+    def swapped(self, scene: Scene, seed: int) -> Scene:
+        """The same two objects in each other's places, with a caption of its own."""
+        first, second = scene.objects
+        objects = (
+            replace(first, concept=second.concept),
+            replace(second, concept=first.concept),
+        )
+        rng = random.Random(f"swapped|{seed}|{scene}")
+        caption = self._caption(objects, scene.relation, scene.background, rng)
+        return replace(scene, objects=objects, caption=caption)
+
+    def recoloured(self, scene: Scene, seed: int) -> Scene:
+        """The same objects on another background of the same split, with a caption of its own."""
+        rng = random.Random(f"recoloured|{seed}|{scene}")
+        nouns = [placed.concept for placed in scene.objects]
+        colours = [
+            colour
+            for colour in self._colours
+            if colour != scene.background and self._belongs(nouns, colour)
+        ]
+        colour = rng.choice(colours or [scene.background])
+        caption = self._caption(scene.objects, scene.relation, colour, rng)
+        return replace(scene, background=colour, caption=caption)
+
+    def _scaled(self, concept: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sprite at size x size pixels: premultiplied RGB [s, s, 3] and alpha [s, s, 1]."""
+        rgba = np.asarray(self._sprites[concept].image, dtype=np.float32) / 255
+        planes = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
+        scaled = np.stack(
+            [
+                np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BOX))
+                for plane in np.moveaxis(planes, -1, 0)
+            ],
+            axis=-1,
+        )
+        return scaled[..., :3], scaled[..., 3:]
+
+    def render(self, scene: Scene) -> np.ndarray:
+        """uint8 [H, W, 3]: the objects composited over the background (Porter & Duff 1984)."""
+        side = self.config.resolution
+        ground = np.array(self.config.backgrounds[scene.background], dtype=np.float32) / 255
+        canvas = np.broadcast_to(ground, (side, side, 3)).copy()
+        for placed in scene.objects:
+            colour, alpha = self.sprite(placed.concept, placed.size)
+            window = canvas[placed.y : placed.y + placed.size, placed.x : placed.x + placed.size]
+            window *= 1 - alpha
+            window += colour
+        return np.rint(canvas * 255).astype(np.uint8)
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" and not noun.startswith(("uf", "uni")) else "a"

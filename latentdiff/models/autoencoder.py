@@ -1,0 +1,92 @@
+"""The VAE between pictures and latents: it owns the latents' scale and shift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z|x) of Kingma & Welling (2014): a diagonal Gaussian over scaled latents.
+
+    mean, logvar: [B, C, h, w].
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise; noise ~ N(0, I) of the mean's shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """KL(q(z|x) || N(0, I)) in nats for each latent value, [B, C, h, w]."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
+
+
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderKL whose latents come out scaled: z = (z_vae - shift) * scaling."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent along each axis."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def scaling(self) -> float:
+        return self.vae.config.scaling_factor
+
+    @property
+    def shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
+
+    def encode(self, images: Tensor) -> Posterior:
+        """images [B, 3, H, W] in [-1, 1] -> posterior over latents [B, C, H/f, W/f]."""
+        moments = self.vae.encoder(images)
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        log_scaling = torch.log(torch.tensor(self.scaling))
+        return Posterior(
+            (mean - self.shift) * self.scaling, logvar.clamp(-30.0, 20.0) + 2 * log_scaling
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] -> images [B, 3, f*h, f*w], about [-1, 1], not clamped."""
+        latents = latents / self.scaling + self.shift
+        if self.vae.post_quant_conv is not None:
+            latents = self.vae.post_quant_conv(latents)
+        return self.vae.decoder(latents)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+        """Reconstruction from one posterior sample (noise: [B, C, h, w]), and the posterior."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(noise)), posterior
+
+    @torch.no_grad()
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Fold a per-channel standardization of the latents into the 1x1 convolutions beside them.
+
+        mean, std: [C], measured on posterior samples. Afterwards each latent channel has mean 0
+        and variance 1 over the same pictures, which is what noise ~ N(0, I) is measured against,
+        and reconstructions are what they were. Needs quant_conv and post_quant_conv.
+        """
+        into, back = self.vae.quant_conv, self.vae.post_quant_conv
+        channels = self.latent_channels
+        into.weight[:channels] /= std[:, None, None, None]
+        into.bias[:channels] = (into.bias[:channels] - mean) / std
+        into.bias[channels:] -= 2 * std.log()
+        back.bias += (back.weight[:, :, 0, 0] * mean).sum(dim=1)
+        back.weight *= std[None, :, None, None]
