@@ -1,0 +1,54 @@
+"""The emoji sprites that scenes are made of, from one parquet file."""
+
+from __future__ import annotations
+
+import functools
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from latentdiff.errors import InputError
+
+SPRITES_FILE = Path(__file__).with_name("sprites.parquet")
+SIDE = 128
+"""Width and height of every sprite in pixels."""
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One glyph of Noto Color Emoji: its Unicode short name, search words and picture."""
+
+    name: str
+    codepoints: str
+    keywords: tuple[str, ...]
+    group: str
+    subgroup: str
+    encoded: bytes
+
+    @functools.cached_property
+    def image(self) -> Image.Image:
+        """RGBA, 128 x 128. Raises InputError when the file holds anything else."""
+        picture = Image.open(io.BytesIO(self.encoded), formats=("WEBP",))
+        if picture.size != (SIDE, SIDE):
+            raise InputError(f"Sprite {self.name!r} is {picture.size}, not {SIDE} x {SIDE} pixels.")
+        return picture.convert("RGBA")
+
+
+@functools.cache
+def load_sprites() -> dict[str, Sprite]:
+    """Every sprite by its name."""
+    rows = pq.read_table(SPRITES_FILE).to_pylist()
+    return {
+        row["name"]: Sprite(
+            name=row["name"],
+            codepoints=row["codepoints"],
+            keywords=tuple(row["keywords"]),
+            group=row["group"],
+            subgroup=row["subgroup"],
+            encoded=row["image"],
+        )
+        for row in rows
+    }

@@ -1,0 +1,198 @@
+"""Train the VAE: reconstruction of scenes through a small, nearly standard normal latent.
+
+    accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.data.scenes import EmojiScenes, ScenesConfig
+from latentdiff.errors import run_command
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.rng import generator, keyed_normal
+from training.data import StepDataset, loader, to_network
+from training.loop import Losses, RunConfig, make_accelerator, seeded, train
+from training.pictures import grid, to_pictures
+
+
+class VAEConfig(Config):
+    """Sizes of an AutoencoderKL without attention: any picture size, crops train it."""
+
+    block_out_channels: tuple[int, ...] = Field(min_length=1)
+    """Channels of each level from full resolution down; each level after the first halves it."""
+    layers_per_block: int = Field(default=1, gt=0)
+    """Residual blocks in a level of the encoder; the decoder has one more."""
+    latent_channels: int = Field(gt=0)
+    """Values per latent position."""
+    norm_num_groups: int = Field(default=8, gt=0)
+    """Groups of the group normalization; divides every channel count."""
+
+    def build(self, sample_size: int) -> AutoencoderKL:
+        """Random weights, residual branches starting at zero and the posterior narrow (std 0.14)."""
+        levels = len(self.block_out_channels)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.norm_num_groups,
+            mid_block_add_attention=False,
+            sample_size=sample_size,
+            scaling_factor=1.0,
+        )
+        for name, parameter in vae.named_parameters():
+            if name.endswith("conv2.weight"):
+                torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(vae.quant_conv.bias[self.latent_channels :], -4.0)
+        return vae
+
+
+class AutoencoderConfig(RunConfig):
+    """A run of training.autoencoder."""
+
+    scenes: Path
+    """The scenes' YAML file."""
+    crop: int = Field(gt=0)
+    """Side of the square crops that it trains on, in pixels; a multiple of the VAE's factor."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that draw scenes ahead."""
+    vae: VAEConfig
+    """The network."""
+    edge_weight: float = Field(default=1.0, ge=0)
+    """Weight of the L1 distance between the pictures' finite differences, which keeps edges."""
+    kl_weight: float = Field(ge=0)
+    """Weight of the KL divergence in nats per latent value."""
+
+
+class SceneCrops(StepDataset):
+    """Sample `index` is a random crop of scene `index`: uint8 [3, crop, crop]."""
+
+    def __init__(self, scenes: EmojiScenes, crop: int, seed: int) -> None:
+        self.scenes, self.crop, self.seed = scenes, crop, seed
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = torch.from_numpy(self.scenes[index]["image"]).permute(2, 0, 1)
+        room = image.shape[-1] - self.crop
+        y, x = torch.randint(
+            room + 1, (2,), generator=generator(self.seed, "crop", 0, index)
+        ).tolist()
+        return image[:, y : y + self.crop, x : x + self.crop].contiguous()
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite differences along both axes."""
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+class AutoencoderProgram:
+    """Reconstruction (L1 on pixels and on edges) + beta KL (Kingma & Welling 2014)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        self.config = config
+        self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
+        with seeded(config.seed):
+            vae = config.vae.build(self.scenes.config.resolution)
+        self.network = Autoencoder(vae).to(memory_format=torch.channels_last)
+
+    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
+        config = self.config
+        crops = SceneCrops(self.scenes, config.crop, config.seed)
+        orders = (
+            range(step * config.batch_size + rank, (step + 1) * config.batch_size, processes)
+            for step in steps
+        )
+        for indices, images in loader(crops, orders, config.workers):
+            yield {"images": images, "indices": indices}
+
+    def losses(
+        self, network: Callable[..., Any], batch: dict[str, Any], device: torch.device
+    ) -> Losses:
+        images = to_network(batch["images"], device)
+        side = self.config.crop // self.network.scale_factor
+        shape = (self.network.latent_channels, side, side)
+        noise = keyed_normal(self.config.seed, "posterior", 0, batch["indices"], shape).to(device)
+        decoded, posterior = network(images, noise)
+        decoded = decoded.float()
+        pixel = F.l1_loss(decoded, images)
+        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
+        kl = posterior.kl().mean()
+        loss = pixel + self.config.edge_weight * edge + self.config.kl_weight * kl
+        mse = F.mse_loss(decoded, images)
+        psnr = 10 * torch.log10(4 / mse.detach())
+        return {"loss": loss, "l1": pixel.detach(), "kl": kl.detach(), "psnr": psnr}
+
+    def samples(self, device: torch.device) -> Image.Image:
+        """Scenes it never saw above their reconstructions."""
+        images = held_out_images(self.scenes.config, 12)
+        decoded = self.network.decode(self.network.encode(to_network(images, device)).mean)
+        pictures = to_pictures(to_network(images, device)) + to_pictures(decoded.float())
+        return grid(pictures, columns=12, scale=2)
+
+    def finish(self, directory: Path, device: torch.device) -> None:
+        """Standardize the latents over the training scenes, then save vae/."""
+        mean, std = latent_moments(self.network, self.scenes, device)
+        self.network.standardize(mean, std)
+        self.network.vae.save_pretrained(directory / "vae")
+        print(f"PSNR on unseen scenes: {unseen_psnr(self.network, self.scenes.config, device):.2f} dB")
+
+
+def held_out_images(config: ScenesConfig, count: int) -> Tensor:
+    """uint8 [count, 3, H, W] of scenes that no training sees."""
+    scenes = EmojiScenes(config, "held_out")
+    images = [torch.from_numpy(scenes[index]["image"]) for index in range(count)]
+    return torch.stack(images).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def latent_moments(
+    autoencoder: Autoencoder, scenes: EmojiScenes, device: torch.device, count: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of posterior samples over `count` training scenes."""
+    latents = []
+    for first in range(0, count, 64):
+        images = torch.stack(
+            [torch.from_numpy(scenes[index]["image"]) for index in range(first, first + 64)]
+        )
+        posterior = autoencoder.encode(to_network(images.permute(0, 3, 1, 2), device))
+        shape = tuple(posterior.mean.shape[1:])
+        noise = keyed_normal(0, "moments", 0, range(first, first + 64), shape)
+        latents.append(posterior.sample(noise.to(device)))
+    values = torch.cat(latents).transpose(0, 1).flatten(1)
+    return values.mean(dim=1), values.std(dim=1)
+
+
+@torch.no_grad()
+def unseen_psnr(
+    autoencoder: Autoencoder, config: ScenesConfig, device: torch.device, count: int = 256
+) -> float:
+    """Mean over pictures of 10 log10(255^2 / MSE) in dB, decoded pictures rounded to 8 bits."""
+    values = []
+    for images in held_out_images(config, count).split(64):
+        decoded = autoencoder.decode(autoencoder.encode(to_network(images, device)).mean)
+        rounded = decoded.float().clamp(-1, 1).add(1).mul(127.5).round().cpu()
+        mse = (rounded - images).square().mean(dim=(1, 2, 3))
+        values.append(10 * torch.log10(255**2 / mse))
+    return float(torch.cat(values).mean())
+
+
+def main() -> None:
+    config = load_config(AutoencoderConfig)
+    accelerator: Accelerator = make_accelerator(config)
+    train(AutoencoderProgram(config), config, accelerator)
+
+
+if __name__ == "__main__":
+    run_command(main)

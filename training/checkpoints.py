@@ -1,0 +1,131 @@
+"""Checkpoints of a run: staged, synced, renamed, the manifest written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentdiff.errors import InputError
+from training.ema import EMA
+
+MANIFEST = "manifest.json"
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parameter_names(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in the order in which its state numbers them."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimizer's tensors as "parameter.name/state", for safetensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[number]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
+) -> None:
+    numbers = {name: number for number, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, key = name.rsplit("/", 1)
+        state.setdefault(numbers[parameter], {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def save(
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-NNNNNN`, then prune all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = parameter_names(network, optimizer)
+    staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder))
+    try:
+        weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+        save_file(weights, staged / "network.safetensors")
+        save_file(ema.state_dict(), staged / "ema.safetensors")
+        save_file(optimizer_tensors(optimizer, names), staged / "optimizer.safetensors")
+        write_json(staged / "state.json", {"step": step} | state)
+        files = sorted(staged.iterdir())
+        for file in files:
+            sync(file)
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        write_json(staged / MANIFEST, digests)
+        sync(staged / MANIFEST)
+        target = folder / f"step-{step:06d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(staged, target)
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    for old in complete(folder)[:-keep]:
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old)
+    for leftover in folder.glob(".staged-*"):
+        shutil.rmtree(leftover)
+    return target
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def load(
+    path: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore everything from one checkpoint and return its state.
+
+    Raises InputError when a file differs from the manifest or the network has another shape.
+    """
+    digests = json.loads((path / MANIFEST).read_text())
+    for name, digest in digests.items():
+        file = path / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise InputError(f"{file} is damaged; delete {path} to continue from the one before it.")
+    try:
+        network.load_state_dict(load_file(path / "network.safetensors"))
+        ema.load_state_dict(load_file(path / "ema.safetensors"))
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} belongs to a network of another shape; choose another run_dir. {error}"
+        ) from None
+    tensors = load_file(path / "optimizer.safetensors")
+    restore_optimizer(optimizer, parameter_names(network, optimizer), tensors)
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state

@@ -1,0 +1,200 @@
+"""Train CLIP on scenes; its text tower then conditions the U-Net.
+
+    accelerate launch -m training.clip --config configs/emoji/clip.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
+from latentdiff.errors import run_command
+from latentdiff.models.text_encoder import TextEncoder
+from training.data import StepDataset, loader, to_network
+from training.loop import Losses, RunConfig, make_accelerator, seeded, train
+from training.pictures import grid
+from training.tokenizer import train_tokenizer
+
+
+class TowerConfig(Config):
+    """The size of one of CLIP's two transformers."""
+
+    hidden_size: int = Field(gt=0)
+    """Width."""
+    layers: int = Field(gt=0)
+    """Depth."""
+    heads: int = Field(gt=0)
+    """Attention heads; divides the width."""
+
+    def values(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 4 * self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "hidden_act": "gelu",
+        }
+
+
+class ClipConfig(RunConfig):
+    """A run of training.clip."""
+
+    scenes: Path
+    """The scenes' YAML file."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that draw scenes ahead."""
+    vocabulary_size: int = Field(gt=514)
+    """Tokens at most: 512 for single bytes, two that begin and end a text, the rest merges."""
+    tokenizer_captions: int = Field(default=20_000, gt=0)
+    """Captions that the tokenizer learns its merges from."""
+    max_length: int = Field(gt=2)
+    """Tokens of a text, begin and end included."""
+    text: TowerConfig
+    """The text tower; its width is the U-Net's cross_attention_dim."""
+    vision: TowerConfig
+    """The picture tower."""
+    patch_size: int = Field(gt=0)
+    """Side of the picture tower's patches in pixels."""
+    projection_dim: int = Field(gt=0)
+    """Width of the common space."""
+
+
+class SceneTwins(StepDataset):
+    """Scenes two by two: an even sample is a scene, the odd one after it a near miss of it.
+
+    The near miss shows the same objects with places exchanged, or on another background. Without
+    such neighbours in its batch a CLIP learns a bag of words (Yuksekgonul et al. 2023).
+    """
+
+    def __init__(self, scenes: EmojiScenes, tokenizer: CLIPTokenizer) -> None:
+        self.scenes, self.tokenizer = scenes, tokenizer
+
+    def scene(self, index: int) -> Scene:
+        scene = self.scenes.scene(index // 2)
+        if index % 2 == 0:
+            return scene
+        if scene.relation is not None and index % 4 == 1:
+            return self.scenes.swapped(scene, index)
+        return self.scenes.recoloured(scene, index)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = self.scene(index)
+        ids = self.tokenizer(scene.caption, padding="max_length", truncation=True)["input_ids"]
+        image = torch.from_numpy(self.scenes.render(scene)).permute(2, 0, 1)
+        return {"image": image, "ids": torch.tensor(ids)}
+
+
+class TwoTowers(nn.Module):
+    """CLIPModel as a function from a batch to unit embeddings and the logit scale."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, L], images [B, 3, H, W] in [-1, 1] -> [B, P], [B, P] of norm 1, scalar."""
+        output = self.clip(input_ids=ids, pixel_values=images)
+        return output.text_embeds, output.image_embeds, self.clip.logit_scale.exp()
+
+
+class ClipProgram:
+    """The symmetric contrastive loss of Radford et al. (2021), equation of figure 3."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        self.config = config
+        self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
+        captions = (self.scenes.scene(i).caption for i in range(config.tokenizer_captions))
+        self.tokenizer = train_tokenizer(captions, config.vocabulary_size, config.max_length)
+        self.network = self._build()
+
+    def _build(self) -> TwoTowers:
+        config, tokenizer = self.config, self.tokenizer
+        tokens = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": config.max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        picture = {"image_size": self.scenes.config.resolution, "patch_size": config.patch_size}
+        with seeded(config.seed):
+            clip = CLIPModel(
+                CLIPConfig(
+                    text_config=config.text.values() | tokens,
+                    vision_config=config.vision.values() | picture,
+                    projection_dim=config.projection_dim,
+                )
+            )
+        return TwoTowers(clip)
+
+    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
+        self.loss = ClipLoss(
+            local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
+        )
+        size = self.config.batch_size
+        orders = (range(s * size + rank, (s + 1) * size, processes) for s in steps)
+        twins = SceneTwins(self.scenes, self.tokenizer)
+        return (batch for _, batch in loader(twins, orders, self.config.workers))
+
+    def losses(
+        self, network: Callable[..., Any], batch: dict[str, Tensor], device: torch.device
+    ) -> Losses:
+        images = to_network(batch["image"], device)
+        texts, pictures, scale = network(batch["ids"].to(device), images)
+        loss = self.loss(pictures.float(), texts.float(), scale.float())
+        right = (pictures @ texts.T).argmax(dim=1) == torch.arange(len(texts), device=device)
+        return {"loss": loss, "accuracy": right.float().mean(), "scale": scale.detach()}
+
+    def samples(self, device: torch.device) -> Image.Image:
+        """Unseen scenes above the pictures that their captions retrieve among 256."""
+        scenes = EmojiScenes(self.scenes.config, "held_out")
+        shown = [scenes.scene(index) for index in range(256)]
+        pictures = [Image.fromarray(scenes.render(scene)) for scene in shown]
+        found = self.similarity(shown, scenes, device).argmax(dim=1).tolist()
+        return grid(pictures[:12] + [pictures[found[row]] for row in range(12)], 12)
+
+    def similarity(
+        self, shown: list[Scene], scenes: EmojiScenes, device: torch.device
+    ) -> Tensor:
+        """Cosine of each caption (row) with each picture (column)."""
+        ids = TextEncoder(self.tokenizer, self.network.clip.text_model).tokenize(
+            [scene.caption for scene in shown]
+        )
+        images = torch.stack([torch.from_numpy(scenes.render(scene)) for scene in shown])
+        texts, pictures, _ = self.network(
+            ids.to(device), to_network(images.permute(0, 3, 1, 2), device)
+        )
+        return F.normalize(texts.float()) @ F.normalize(pictures.float()).T
+
+    def finish(self, directory: Path, device: torch.device) -> None:
+        """Save clip/ whole, and text_encoder/ and tokenizer/ as a pipeline wants them."""
+        clip = self.network.clip
+        clip.save_pretrained(directory / "clip")
+        clip.text_model.save_pretrained(directory / "text_encoder")
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+        scenes = EmojiScenes(self.scenes.config, "held_out")
+        shown = [scenes.scene(index) for index in range(256)]
+        similarity = self.similarity(shown, scenes, device)
+        right = similarity.argmax(dim=1).cpu() == torch.arange(len(shown))
+        print(f"unseen captions that retrieve their own picture of 256: {right.float().mean():.1%}")
+
+
+def main() -> None:
+    config = load_config(ClipConfig)
+    accelerator = make_accelerator(config)
+    train(ClipProgram(config), config, accelerator)
+
+
+if __name__ == "__main__":
+    run_command(main)
