@@ -1,0 +1,1 @@
+"""Programs that train, run from the checkout: `accelerate launch -m training.diffusion`, ..."""

@@ -1,0 +1,1 @@
+"""Pictures with captions: sprites, and the scenes composed of them."""
