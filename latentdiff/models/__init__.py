@@ -1,0 +1,1 @@
+"""The networks: U-Net, autoencoder and text encoder."""

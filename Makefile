@@ -1,0 +1,56 @@
+# make demo    a picture from PROMPT="..." in demo.png
+# make test    lint, types and tests
+# make train   every network of the bundled model, from random weights; run again, it continues
+# make clean   all that these made, except runs/
+
+PYTHON ?= python3
+PROMPT ?= a fox to the left of a red apple on a blue background
+# Where the four YAML files of a model are: configs/emoji, configs/emoji_gpu or configs/tiny.
+CONFIGS ?= configs/emoji
+LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+BIN := .venv/bin
+# Without byte code up front: Python caches what is imported when it is, a tenth of it all.
+INSTALL = @echo "Installing $(1) into .venv ..." && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile \
+	--constraint constraints.txt --editable "$(1)"
+unexport PYTHONDONTWRITEBYTECODE
+export PROMPT
+
+.PHONY: demo test train clean
+
+demo: .venv/run.stamp
+	@$(BIN)/latentdiff generate --output demo.png -- "$$PROMPT"
+
+test: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy latentdiff training inference
+	$(BIN)/python -m pytest
+
+train: .venv/train.stamp
+	$(BIN)/accelerate launch $(LAUNCH) -m training.autoencoder --config $(CONFIGS)/autoencoder.yaml
+	$(BIN)/accelerate launch $(LAUNCH) -m training.clip --config $(CONFIGS)/clip.yaml
+	$(BIN)/accelerate launch $(LAUNCH) -m training.cache_latents --config $(CONFIGS)/cache_latents.yaml
+	$(BIN)/accelerate launch $(LAUNCH) -m training.diffusion --config $(CONFIGS)/diffusion.yaml
+
+clean:
+	rm -rf .venv demo.png build dist latentdiff.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/run.stamp: pyproject.toml constraints.txt .ci/torchvision_on_cpu.py
+	@$(PYTHON) -m venv .venv
+	@site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	cp .ci/torchvision_on_cpu.py "$$site" && \
+	echo "import torchvision_on_cpu" > "$$site/torchvision_on_cpu.pth"
+	$(call INSTALL,.)
+	@touch $@
+
+.venv/train.stamp: .venv/run.stamp
+	$(call INSTALL,.[train])
+	@touch $@
+
+.venv/dev.stamp: .venv/train.stamp
+	$(call INSTALL,.[dev])
+	@touch $@

@@ -1,0 +1,1 @@
+"""The diffusion mathematics; the network is an argument."""
