@@ -73,7 +73,7 @@ def functions_called(tree: ast.AST) -> Iterator[str]:
 
     The keyword allow_pickle counts as a function of that name, unless it is False.
     """
-    full = {}
+    full: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             full |= {alias.asname: alias.name for alias in node.names if alias.asname}
