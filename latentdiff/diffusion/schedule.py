@@ -1,0 +1,88 @@
+"""The noise schedule: alphas_cumprod of the DDPM papers <-> sigma, and the sigmas to sample at."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Spacing = Literal["trailing", "leading", "linspace"]
+
+SMALLEST_ALPHA = 1e-8
+"""alphas_cumprod of zero-terminal-SNR schedules ends at 0, where sigma is infinite; it is raised to
+this, sigma = 1e4."""
+
+
+class Schedule:
+    """T noise levels, sigma_t = sqrt((1 - alphas_cumprod_t) / alphas_cumprod_t), ascending.
+
+    alphas_cumprod: [T], strictly falling, in [0, 1).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod.double().clamp(min=SMALLEST_ALPHA)
+        exact = torch.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        self._log_sigmas = exact.log()
+        self.sigmas = exact.float()
+
+    @classmethod
+    def linear(cls, beta_start: float, beta_end: float, steps: int) -> Schedule:
+        """beta_t linear in t: Ho et al. (2020), section 4."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, beta_start: float, beta_end: float, steps: int) -> Schedule:
+        """sqrt(beta_t) linear in t: Rombach et al. (2022) and Stable Diffusion."""
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
+        return cls.from_betas(roots**2)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> Schedule:
+        """alphas_cumprod_t = prod_{s <= t} (1 - beta_s): Ho et al. (2020), equation 4."""
+        return cls(torch.cumprod(1 - betas.double(), dim=0))
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep in [0, T - 1] of each sigma, interpolated in log sigma; shape of sigma.
+
+        Sigmas outside the schedule get its first or last timestep.
+        """
+        grid = self._log_sigmas.to(sigma.device)
+        target = sigma.double().log().clamp(grid[0], grid[-1])
+        upper = torch.searchsorted(grid, target).clamp(1, len(grid) - 1)
+        lower = upper - 1
+        share = (target - grid[lower]) / (grid[upper] - grid[lower])
+        return (lower + share).float()
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The sigma of each timestep in [0, T - 1], fractions interpolated in log sigma."""
+        grid = self._log_sigmas.to(timestep.device)
+        lower = timestep.double().floor().clamp(0, len(grid) - 2).long()
+        share = timestep.double() - lower
+        return torch.lerp(grid[lower], grid[lower + 1], share).exp().float()
+
+    def sampling_timesteps(
+        self, num_inference_steps: int, spacing: Spacing = "trailing", steps_offset: int = 0
+    ) -> Tensor:
+        """The timesteps [N] a sampler visits, descending whole numbers.
+
+        Table 2 of Lin et al. (2023): "trailing" starts at T - 1, "leading" steps from steps_offset
+        up and misses T - 1, "linspace" includes both ends. 1 <= N <= T.
+        """
+        total, count = len(self), num_inference_steps
+        if spacing == "trailing":
+            steps = torch.arange(count, dtype=torch.float64)
+            return torch.round(total - steps * total / count).long() - 1
+        if spacing == "leading":
+            return (torch.arange(count) * (total // count)).flip(0) + steps_offset
+        return torch.linspace(0, total - 1, count, dtype=torch.float64).flip(0).round().long()
+
+    def sampling_sigmas(
+        self, num_inference_steps: int, spacing: Spacing = "trailing", steps_offset: int = 0
+    ) -> Tensor:
+        """The sigmas [N + 1] of sampling_timesteps, descending, and 0 at the end."""
+        timesteps = self.sampling_timesteps(num_inference_steps, spacing, steps_offset)
+        return torch.cat([self.sigmas[timesteps.clamp(max=len(self) - 1)], torch.zeros(1)])

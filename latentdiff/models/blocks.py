@@ -1,0 +1,189 @@
+"""The U-Net's blocks, their parameters named as diffusers names them.
+
+Shapes: B pictures, C channels, h x w positions, N = h * w tokens, L text tokens, D text width,
+H heads of width d. Feature maps are channels_last, so that [B, C, h, w] -> [B, N, C] copies nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeysValues: TypeAlias = tuple[Tensor, Tensor]
+"""The keys and values of one cross-attention, each [B, H, L, d]."""
+
+
+def timestep_embedding(timestep: Tensor, width: int, flip: bool, shift: float) -> Tensor:
+    """timestep [B] -> [B, width] of sines and cosines: Vaswani et al. (2017), section 3.5.
+
+    flip puts the cosines first; shift is taken from the divisor of the exponent.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    waves = (angle.cos(), angle.sin()) if flip else (angle.sin(), angle.cos())
+    return torch.cat(waves, dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer perceptron over the sinusoidal embedding."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """[B, width] -> [B, out]."""
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResnetBlock2D(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + time))): the residual block of Ho et al. (2020)."""
+
+    def __init__(self, inputs: int, outputs: int, time: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, C_in, h, w], time [B, T] after its activation -> [B, C_out, h, w]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context, width, bias=False)
+        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """context [B, L, D] -> keys and values [B, H, L, d]."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        attended = F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, N, H * d] -> [B, H, N, d]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class GEGLU(nn.Module):
+    """x W gelu(x V): Shazeer (2020)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, hidden]."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Four times as wide inside; net.1 is diffusers' dropout, which is never used."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward: Rombach et al. (2022), app. E."""
+
+    def __init__(self, width: int, context: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, text: KeysValues) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        own = self.norm1(x)
+        x = x + self.attn1(own, self.attn1.keys_values(own))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map, with a residual around them."""
+
+    def __init__(
+        self, width: int, context: int, heads: int, depth: int, groups: int, linear: bool
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(width, context, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, text: Iterator[KeysValues]) -> Tensor:
+        """x [B, C, h, w] -> [B, C, h, w]; takes one item of text for each block."""
+        height = x.shape[2]
+        tokens = self.norm(x)
+        tokens = self._project(self.proj_in, tokens.permute(0, 2, 3, 1).flatten(1, 2))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, next(text))
+        tokens = self._project(self.proj_out, tokens)
+        return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2) + x
+
+    @staticmethod
+    def _project(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+        """A 1 x 1 convolution is a linear map of every token."""
+        return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
+class Downsample2D(nn.Module):
+    """A convolution of stride 2."""
+
+    def __init__(self, width: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, ceil(h / 2), ceil(w / 2)]."""
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """[B, C, h, w] -> [B, C, *size]."""
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
