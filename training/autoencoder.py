@@ -1,6 +1,6 @@
 """Train the VAE: reconstruction of scenes through a small, nearly standard normal latent.
 
-    accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yaml
+accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yaml
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import Encoder
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -22,7 +23,7 @@ from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import generator, keyed_normal
-from training.data import StepDataset, loader, to_network
+from training.data import StepDataset, endless_orders, loader, to_network
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid, to_pictures
 
@@ -40,7 +41,7 @@ class VAEConfig(Config):
     """Groups of the group normalization; divides every channel count."""
 
     def build(self, sample_size: int) -> AutoencoderKL:
-        """Random weights, residual branches starting at zero and the posterior narrow (std 0.14)."""
+        """Initial weights: residual branches zero, the encoder Haar's, the posterior narrow (0.14)."""
         levels = len(self.block_out_channels)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -57,7 +58,44 @@ class VAEConfig(Config):
             if name.endswith("conv2.weight"):
                 torch.nn.init.zeros_(parameter)
         torch.nn.init.constant_(vae.quant_conv.bias[self.latent_channels :], -4.0)
+        start_as_haar(vae.encoder)
         return vae
+
+
+@torch.no_grad()
+def start_as_haar(encoder: Encoder) -> None:
+    """Let an encoder whose residual branches are zero begin as a Haar wavelet transform.
+
+    Every 2x2 block of each of c channels becomes its mean and its three differences (Haar 1910), 4c
+    channels, means first, as far as there are channels; the other filters keep a third of their
+    random start. So all of a picture reaches the first step's latents, not a blur of it.
+    """
+    known = encoder.conv_in.in_channels
+    _pass_through(encoder.conv_in.weight, known)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            if resnet.conv_shortcut is not None:
+                _pass_through(resnet.conv_shortcut.weight, known)
+        if block.downsamplers is None:
+            continue
+        weight = block.downsamplers[0].conv.weight
+        weight /= 3
+        known, before = min(4 * known, len(weight)), known
+        for row in range(known):
+            band, channel = divmod(row, before)
+            sign_y, sign_x = 1 - 2 * (band // 2), 1 - 2 * (band % 2)
+            weight[row] = 0
+            weight[row, channel, :2, :2] = 0.5 * torch.tensor(
+                [[1, sign_x], [sign_y, sign_x * sign_y]]
+            )
+
+
+def _pass_through(weight: Tensor, known: int) -> None:
+    """The first `known` channels come out as they went in; other filters are cut to a third."""
+    weight /= 3
+    middle = weight.shape[-1] // 2
+    weight[:known] = 0
+    weight[range(known), range(known), middle, middle] = 1
 
 
 class AutoencoderConfig(RunConfig):
@@ -105,15 +143,13 @@ class AutoencoderProgram:
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
         with seeded(config.seed):
             vae = config.vae.build(self.scenes.config.resolution)
-        self.network = Autoencoder(vae).to(memory_format=torch.channels_last)
+        self.network = Autoencoder(vae)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
         config = self.config
         crops = SceneCrops(self.scenes, config.crop, config.seed)
-        orders = (
-            range(step * config.batch_size + rank, (step + 1) * config.batch_size, processes)
-            for step in steps
-        )
+        orders = endless_orders(steps, config.batch_size, rank, processes)
         for indices, images in loader(crops, orders, config.workers):
             yield {"images": images, "indices": indices}
 
@@ -146,7 +182,9 @@ class AutoencoderProgram:
         mean, std = latent_moments(self.network, self.scenes, device)
         self.network.standardize(mean, std)
         self.network.vae.save_pretrained(directory / "vae")
-        print(f"PSNR on unseen scenes: {unseen_psnr(self.network, self.scenes.config, device):.2f} dB")
+        print(
+            f"PSNR on unseen scenes: {unseen_psnr(self.network, self.scenes.config, device):.2f} dB"
+        )
 
 
 def held_out_images(config: ScenesConfig, count: int) -> Tensor:

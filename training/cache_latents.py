@@ -84,7 +84,8 @@ def main() -> None:
     hashes = {"encoder": digest(encoder_file), "tokenizer": digest(tokenizer_file)}
     vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
     tokenizer = CLIPTokenizer.from_pretrained(config.text_encoder / "tokenizer")
-    autoencoder = Autoencoder(vae).to(accelerator.device, memory_format=torch.channels_last)
+    autoencoder = Autoencoder(vae).to(accelerator.device)
+    autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side = scenes.config.resolution // autoencoder.scale_factor
     description = hashlib.sha256(scenes.config.model_dump_json().encode())
     description.update(digest(SPRITES_FILE).encode())

@@ -117,7 +117,9 @@ def load(
     for name, digest in digests.items():
         file = path / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise InputError(f"{file} is damaged; delete {path} to continue from the one before it.")
+            raise InputError(
+                f"{file} is damaged; delete {path} to continue from the one before it."
+            )
     try:
         network.load_state_dict(load_file(path / "network.safetensors"))
         ema.load_state_dict(load_file(path / "ema.safetensors"))

@@ -1,6 +1,6 @@
 """Train CLIP on scenes; its text tower then conditions the U-Net.
 
-    accelerate launch -m training.clip --config configs/emoji/clip.yaml
+accelerate launch -m training.clip --config configs/emoji/clip.yaml
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latentdiff.config import Config, load_config, load_yaml
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.models.text_encoder import TextEncoder
-from training.data import StepDataset, loader, to_network
+from training.data import StepDataset, endless_orders, loader, to_network
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
@@ -142,8 +142,7 @@ class ClipProgram:
         self.loss = ClipLoss(
             local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
         )
-        size = self.config.batch_size
-        orders = (range(s * size + rank, (s + 1) * size, processes) for s in steps)
+        orders = endless_orders(steps, self.config.batch_size, rank, processes)
         twins = SceneTwins(self.scenes, self.tokenizer)
         return (batch for _, batch in loader(twins, orders, self.config.workers))
 
@@ -164,9 +163,7 @@ class ClipProgram:
         found = self.similarity(shown, scenes, device).argmax(dim=1).tolist()
         return grid(pictures[:12] + [pictures[found[row]] for row in range(12)], 12)
 
-    def similarity(
-        self, shown: list[Scene], scenes: EmojiScenes, device: torch.device
-    ) -> Tensor:
+    def similarity(self, shown: list[Scene], scenes: EmojiScenes, device: torch.device) -> Tensor:
         """Cosine of each caption (row) with each picture (column)."""
         ids = TextEncoder(self.tokenizer, self.network.clip.text_model).tokenize(
             [scene.caption for scene in shown]

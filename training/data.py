@@ -29,8 +29,14 @@ def _collate(items: Sequence[tuple[int, Any]]) -> tuple[list[int], Any]:
     return [index for index, _ in items], default_collate([sample for _, sample in items])
 
 
+def endless_orders(steps: range, batch_size: int, rank: int, processes: int) -> Iterator[list[int]]:
+    """Sample numbers of this process at each step of a data set without end: step by step."""
+    for step in steps:
+        yield list(range(step * batch_size + rank, (step + 1) * batch_size, processes))
+
+
 def loader(
-    samples: StepDataset, orders: Iterable[Sequence[int]], workers: int
+    samples: StepDataset, orders: Iterable[list[int]], workers: int
 ) -> Iterator[tuple[list[int], Any]]:
     """(sample numbers, collated samples) for each list of sample numbers, in order."""
     return iter(

@@ -1,6 +1,6 @@
 """Train the U-Net on cached latents, conditioned on text and timestep.
 
-    accelerate launch -m training.diffusion --config configs/emoji/diffusion.yaml
+accelerate launch -m training.diffusion --config configs/emoji/diffusion.yaml
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.checkpoint import ModelParts, load_model, save_model
@@ -73,7 +72,8 @@ class DiffusionProgram:
                 f"{config.batch_size}."
             )
         self.parts = assemble(config)
-        self.network = self.parts.unet.to(memory_format=torch.channels_last)
+        self.network = self.parts.unet
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text_encoder = self.parts.text_encoder.requires_grad_(False).eval()
         self.empty = self.text_encoder.tokenize([""])
         gamma = config.min_snr_gamma
@@ -87,9 +87,7 @@ class DiffusionProgram:
         for epoch, samples in orders:
             yield epoch, samples, self.cache.read(samples)
 
-    def losses(
-        self, network: Callable[..., Any], batch: Any, device: torch.device
-    ) -> Losses:
+    def losses(self, network: Callable[..., Any], batch: Any, device: torch.device) -> Losses:
         epoch, samples, (mean, logvar, ids) = batch
         seed, shape = self.config.seed, tuple(mean.shape[1:])
         posterior_noise = keyed_normal(seed, "posterior", epoch, samples, shape)

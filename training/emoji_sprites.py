@@ -127,12 +127,13 @@ def build(font_file: Path, emoji_test: Path, annotations: Path) -> pa.Table:
     rows = []
     for glyph in single_concepts(emoji_test):
         picture = render(glyph.text, font)
+        bare = glyph.text.replace("\ufe0f", "")
         if picture is not None:
             rows.append(
                 {
                     "name": glyph.name,
                     "codepoints": " ".join(f"{ord(code):x}" for code in glyph.text),
-                    "keywords": keywords.get(glyph.text.replace("\ufe0f", ""), []),
+                    "keywords": keywords.get(bare, glyph.name.split()),
                     "group": glyph.group,
                     "subgroup": glyph.subgroup,
                     "image": encode(picture),

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.config import Config, save_yaml
-from latentdiff.errors import InputError
 from training import checkpoints
 from training.ema import EMA
 
@@ -79,8 +78,9 @@ Losses = dict[str, Tensor]
 class Program(Protocol):
     """What a training program hands to the loop."""
 
-    network: nn.Module
-    """What is trained."""
+    @property
+    def network(self) -> nn.Module:
+        """What is trained."""
 
     def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
         """For each step, this process's slice of that step's batch."""
@@ -175,9 +175,7 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
                 _save_samples(program.samples(accelerator.device), config.run_dir, done)
         if done % config.checkpoint_every == 0 or done == config.max_steps:
             state = {"seed": config.seed, "samples": done * config.batch_size}
-            checkpoints.save(
-                folder, done, network, ema, optimizer, state, config.checkpoints_kept
-            )
+            checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
     if accelerator.is_main_process:
         with ema.weights_in(network), torch.no_grad():

@@ -51,4 +51,3 @@ def train_tokenizer(
         unk_token=END,
         model_max_length=max_length,
     )
-

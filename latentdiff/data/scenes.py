@@ -120,9 +120,7 @@ class EmojiScenes:
     every single object stands on a colour held out for it, and every pair is a held-out pair.
     """
 
-    def __init__(
-        self, config: ScenesConfig, split: Literal["train", "held_out"] = "train"
-    ) -> None:
+    def __init__(self, config: ScenesConfig, split: Literal["train", "held_out"] = "train") -> None:
         self.config = config
         self.split = split
         self.concepts = {concept.nouns[0]: concept for concept in config.concepts}
@@ -164,7 +162,9 @@ class EmojiScenes:
         side = self.config.resolution
         if relation is None:
             size = round(rng.uniform(*SINGLE_SIZE) * side)
-            return (Placed(nouns[0], rng.randint(0, side - size), rng.randint(0, side - size), size),)
+            return (
+                Placed(nouns[0], rng.randint(0, side - size), rng.randint(0, side - size), size),
+            )
         placed = []
         for number, noun in enumerate(nouns):
             size = round(rng.uniform(*PAIR_SIZE) * side)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,7 +26,7 @@ class Sprite:
     keywords: tuple[str, ...]
     group: str
     subgroup: str
-    encoded: bytes
+    encoded: bytes = field(repr=False)
 
     @functools.cached_property
     def image(self) -> Image.Image:

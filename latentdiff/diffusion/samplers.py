@@ -6,6 +6,7 @@ usually 0; it yields N steps, the last of which holds the result.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ Sampler = Callable[..., Iterator[Step]]
 
 def _levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """(index, sigma, next sigma, sigma [B]) of each step."""
-    for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         yield index, sigma, following, sigma.expand(len(x))
 
 

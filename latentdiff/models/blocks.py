@@ -1,7 +1,7 @@
 """The U-Net's blocks, their parameters named as diffusers names them.
 
 Shapes: B pictures, C channels, h x w positions, N = h * w tokens, L text tokens, D text width,
-H heads of width d. Feature maps are channels_last, so that [B, C, h, w] -> [B, N, C] copies nothing.
+H heads of width d. Feature maps are channels_last: [B, C, h, w] -> [B, N, C] then copies nothing.
 """
 
 from __future__ import annotations

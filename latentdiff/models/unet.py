@@ -1,6 +1,6 @@
 """The cross-attention U-Net (Ronneberger et al. 2015; Rombach et al. 2022).
 
-Its parameters are named as those of diffusers' UNet2DConditionModel, whose weights load as they are.
+Its parameters are named as those of diffusers' UNet2DConditionModel; its weights load as they are.
 """
 
 from __future__ import annotations
