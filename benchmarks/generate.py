@@ -75,9 +75,7 @@ def warm(model: str, repeats: int) -> dict[str, float]:
     started = time.perf_counter()
     ours = TextToImage.load(model)
     loaded = time.perf_counter() - started
-    theirs = StableDiffusionPipeline.from_pretrained(
-        model_directory(model), torch_dtype=torch.float32
-    )
+    theirs = StableDiffusionPipeline.from_pretrained(model_directory(model), dtype=torch.float32)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
 

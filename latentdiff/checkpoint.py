@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.data.scenes import ScenesConfig
 from latentdiff.diffusion.parameterization import Parameterization
@@ -23,7 +23,6 @@ from latentdiff.model_files import (
     model_directory,
     one_line,
     read_json,
-    read_weights,
     staged_directory,
     validated,
     weights_file,
@@ -31,6 +30,7 @@ from latentdiff.model_files import (
 )
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.scheduler_config import SchedulerConfig, parse_scheduler
+from latentdiff.weights import load_module, save_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
     from latentdiff.models.text_encoder import TextEncoder
 
 M = TypeVar("M", bound=nn.Module)
-
-RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""The VAE's attention in files made before diffusers 0.12."""
-TOWER = "text_model."
-"""What the text tower's names begin with in every published file, and not in transformers 5."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def load_model(
     from latentdiff.models.text_encoder import TextEncoder
 
     def part(component: str, build: Callable[[dict[str, Any]], M]) -> M:
-        module = _module(build, configs[component], files[component], dtype)
+        module = load_module(build, configs[component], files[component], dtype)
         return module.to(device)
 
     parts = ModelParts(
@@ -120,17 +115,16 @@ def save_model(
     text_model = parts.text_encoder.model
     configs = {
         "unet": parts.unet.config.to_diffusers(),
-        "vae": {key: value for key, value in vae.config.items() if not key.startswith("_")}
-        | {"_class_name": "AutoencoderKL"},
+        "vae": {"_class_name": "AutoencoderKL", **_public(vae.config)},
         # transformers would otherwise compute in the dtype of the file, beside a U-Net in float32.
-        "text_encoder": text_model.config.to_dict() | {"dtype": "float32"},
+        "text_encoder": {**_public(text_model.config.to_dict()), "dtype": "float32"},
     }
     modules = {"unet": parts.unet, "vae": vae, "text_encoder": text_model}
     with staged_directory(Path(directory)) as staging:
         for component, module in modules.items():
             (staging / component).mkdir()
             write_json(configs[component], staging / component / "config.json")
-            _write_weights(module, staging / component / WEIGHTS[component], dtype)
+            save_weights(module, staging / component / WEIGHTS[component], dtype)
         _write_tokenizer(parts.text_encoder.tokenizer, staging / "tokenizer")
         (staging / "scheduler").mkdir()
         scheduler_path = staging / "scheduler" / "scheduler_config.json"
@@ -138,6 +132,11 @@ def save_model(
         if parts.vocabulary is not None:
             write_json(parts.vocabulary.model_dump(mode="json"), staging / "vocabulary.json")
         write_json(_index(parts), staging / "model_index.json")
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what libraries note for themselves, such as the path it was read from."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def read_vocabulary(directory: Path) -> ScenesConfig | None:
@@ -159,68 +158,6 @@ def _index(parts: ModelParts) -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
     }
-
-
-def _module(
-    build: Callable[[dict[str, Any]], M], config: dict[str, Any], file: Path, dtype: torch.dtype
-) -> M:
-    """A network without random initialization, every tensor of it from the file."""
-    path = file.with_name("config.json")
-    try:
-        with torch.device("meta"):
-            module = build(config)
-    except InputError as error:
-        raise InputError(f"{path} is not supported: {one_line(error)}") from None
-    except Exception as error:  # third-party constructors raise whatever they stumble on
-        reason = one_line(error)
-        raise InputError(f"{path} describes no network that can be built ({reason}).") from None
-    own = module.state_dict()
-    stored = {
-        _current_name(name, own): tensor
-        for name, tensor in read_weights(file).items()
-        if not name.endswith("embeddings.position_ids")
-    }
-    _check_weights(own, stored, file)
-    state = {name: tensor.to(dtype, copy=True) for name, tensor in stored.items()}
-    module.load_state_dict(state, assign=True)
-    for name, buffer in module.named_buffers():
-        if name.endswith("position_ids"):
-            owner = module.get_submodule(name.rpartition(".")[0])
-            positions = torch.arange(buffer.shape[-1])[None]
-            owner.register_buffer("position_ids", positions, persistent=False)
-    return module.eval()
-
-
-def _current_name(name: str, own: dict[str, Tensor]) -> str:
-    """Today's name of a stored tensor."""
-    for old, new in RENAMED.items():
-        name = name.replace(old, new)
-    bare = name.removeprefix(TOWER)
-    return bare if bare in own else name
-
-
-def _check_weights(own: dict[str, Tensor], stored: dict[str, Tensor], file: Path) -> None:
-    wrong = sorted(
-        name
-        for name in own.keys() | stored.keys()
-        if name not in own or name not in stored or own[name].shape != stored[name].shape
-    )
-    if wrong:
-        raise InputError(
-            f"{file} does not fit the config.json beside it: {len(wrong)} tensors are missing, "
-            f"unknown or of another shape, {wrong[0]} among them."
-        )
-
-
-def _write_weights(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-
-    prefix = TOWER if file.parent.name == "text_encoder" else ""
-    state = {
-        prefix + name.removeprefix(prefix): tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in module.state_dict().items()
-    }
-    save_file(state, file, metadata={"format": "pt"})
 
 
 def _unet(config: dict[str, Any]) -> UNet:

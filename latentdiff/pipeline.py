@@ -111,11 +111,9 @@ class TextToImage:
         settings = self._settings(height, width, num_inference_steps, guidance_scale, sampler)
         pictures = read_pictures(prompt, negative_prompt, seed, num_images_per_prompt)
         self._warn_of_unknown_words(pictures)
-        images = [
-            image
-            for start in range(0, len(pictures), BATCH)
-            for image in self._make(pictures[start : start + BATCH], settings)
-        ]
+        images: list[Image.Image] = []
+        for start in range(0, len(pictures), BATCH):
+            images += self._make(pictures[start : start + BATCH], settings)
         return images[0] if isinstance(prompt, str) and len(images) == 1 else images
 
     @torch.inference_mode()
@@ -195,7 +193,7 @@ class TextToImage:
                 f"The prompt is longer than {embeddings.ids.shape[1]} tokens; "
                 f"the model does not read its end: {rest!r}.",
                 TruncatedPromptWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return embeddings.hidden[[distinct.index(text) for text in texts]]
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff import checkpoint
 from latentdiff.checkpoint import ModelParts, load_model, save_model
 from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.scheduler_config import SchedulerConfig, parse_scheduler
 
 
@@ -115,6 +119,22 @@ class TestRoundTrip:
 
 
 class TestSaving:
+    def test_no_file_says_where_its_parts_came_from(
+        self, tiny_parts: ModelParts, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        parts = ModelParts(
+            tiny_parts.unet,
+            Autoencoder(AutoencoderKL.from_pretrained(tiny_model / "vae")),
+            TextEncoder(
+                CLIPTokenizer.from_pretrained(tiny_model / "tokenizer"),
+                CLIPTextModel.from_pretrained(tiny_model / "text_encoder"),
+            ),
+            tiny_parts.scheduler_config,
+            tiny_parts.vocabulary,
+        )
+        save_model(parts, tmp_path / "saved")
+        assert file_bytes(tmp_path / "saved") == file_bytes(tiny_model)
+
     def test_replaces_a_model_whole(self, tiny_parts: ModelParts, copy: Path) -> None:
         (copy / "README.md").write_text("of the model before")
         before = file_bytes(copy)

@@ -329,6 +329,15 @@ class TestWarnings:
             tiny.generate("a " * 30 + "rocket fox", num_inference_steps=1)
 
 
+def test_networks_can_run_in_half_precision(tiny: TextToImage, tiny_model: Path) -> None:
+    """The sampler's arithmetic stays in float32, so little is lost."""
+    half = TextToImage.load(tiny_model, dtype=torch.bfloat16)
+    assert half.parts.unet.conv_in.weight.dtype == torch.bfloat16
+    settings: dict[str, Any] = {"seed": 2, "num_inference_steps": 4}
+    difference = pixels(half.generate("fox", **settings)) - pixels(tiny.generate("fox", **settings))
+    assert np.abs(difference).mean() < 5
+
+
 def test_weights_that_overflow_are_reported(tiny_model: Path) -> None:
     model = TextToImage.load(tiny_model)
     with torch.no_grad():
