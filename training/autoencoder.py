@@ -41,7 +41,7 @@ class VAEConfig(Config):
     """Groups of the group normalization; divides every channel count."""
 
     def build(self, sample_size: int) -> AutoencoderKL:
-        """Initial weights: residual branches zero, the encoder Haar's, the posterior narrow (0.14)."""
+        """Initial weights: residual branches zero, the encoder Haar's, the posterior narrow."""
         levels = len(self.block_out_channels)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,

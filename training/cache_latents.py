@@ -131,7 +131,7 @@ def encode_shard(
     """Records of consecutive samples."""
     means, logvars, captions = [], [], []
     first, last, size = samples.start, samples.stop, config.batch_size
-    orders = [range(start, min(start + size, last)) for start in range(first, last, size)]
+    orders = [list(range(start, min(start + size, last))) for start in range(first, last, size)]
     for _, batch in loader(CaptionedScenes(scenes), orders, config.workers):
         with accelerator.autocast():
             posterior = autoencoder.encode(to_network(batch["image"], accelerator.device))
