@@ -24,6 +24,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder, Posterior
+from latentdiff.models.blocks import ResnetBlock2D, Transformer2DModel
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import TextToImage
@@ -149,10 +150,22 @@ def assemble(config: DiffusionConfig) -> ModelParts:
         )
     with seeded(config.seed):
         unet = UNet(config.unet)
+        close_branches(unet)
     if config.init_from is not None:
         unet.load_state_dict(load_model(config.init_from).unet.state_dict())
     vocabulary = load_yaml(ScenesConfig, config.scenes) if config.scenes else None
     return ModelParts(unet, autoencoder, text_encoder, config.scheduler, vocabulary)
+
+
+@torch.no_grad()
+def close_branches(unet: UNet) -> None:
+    """Start every residual branch, and the prediction, at zero: Dhariwal & Nichol (2021)."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+        elif isinstance(module, Transformer2DModel):
+            module.proj_out.weight.zero_()
+    unet.conv_out.weight.zero_()
 
 
 def main() -> None:
