@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,17 @@ class Program(Protocol):
 
 
 @contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A new directory to write into, which becomes `directory` when the block ends well."""
+    staging = directory.with_name(f".{directory.name}-staged")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(directory, ignore_errors=True)
+    staging.rename(directory)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Initial weights drawn inside the block are a function of the seed."""
     with torch.random.fork_rng(devices=[]):
@@ -178,8 +190,8 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
             checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
     if accelerator.is_main_process:
-        with ema.weights_in(network), torch.no_grad():
-            program.finish(model_dir, accelerator.device)
+        with ema.weights_in(network), torch.no_grad(), staged(model_dir) as directory:
+            program.finish(directory, accelerator.device)
         accelerator.print(f"finished: {model_dir}")
     accelerator.end_training()
 
