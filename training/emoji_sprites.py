@@ -27,7 +27,9 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
 BITMAP_SIZE = 109
-"""The only size in points at which the font holds bitmaps; they are 136 x 128 pixels."""
+"""The only size at which the font holds bitmaps."""
+BITMAP_WIDTH = 136
+"""Width of the font's bitmaps in pixels; they are 128 high, and none of their art is wider."""
 
 SIGNS = {
     "alphanum",
@@ -47,6 +49,9 @@ SIGNS = {
 }
 """Subgroups of signs that are text or shapes rather than things."""
 
+WRITING = {"hundred points", "zzz"}
+"""Emoji of other subgroups that show nothing but digits or letters."""
+
 
 @dataclass(frozen=True)
 class Glyph:
@@ -61,8 +66,8 @@ class Glyph:
 def single_concepts(emoji_test: Path) -> Iterator[Glyph]:
     """Fully qualified emoji that show one concept, in the list's order.
 
-    Left out: flags, components, signs, skin tones and every sequence joined by U+200D (professions,
-    families, gender and hair variants).
+    Left out: flags, components, signs, writing, skin tones and every sequence joined by U+200D
+    (professions, families, gender and hair variants).
     """
     group = subgroup = ""
     for line in emoji_test.read_text(encoding="utf-8").splitlines():
@@ -73,8 +78,8 @@ def single_concepts(emoji_test: Path) -> Iterator[Glyph]:
         elif "; fully-qualified" in line:
             text = "".join(chr(int(code, 16)) for code in line.split(";")[0].split())
             name = line.split("# ")[1].split(" ", 2)[2].lower()
-            joined = any(code in text for code in "\u200d\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe")
-            if not (joined or "\U0001f3ff" in text or subgroup in SIGNS or group == "Flags"):
+            variant = any(code == "\u200d" or "\U0001f3fb" <= code <= "\U0001f3ff" for code in text)
+            if not (variant or group == "Flags" or subgroup in SIGNS or name in WRITING):
                 yield Glyph(text, name, group, subgroup)
 
 
@@ -89,19 +94,22 @@ def read_keywords(annotations: Path) -> dict[str, list[str]]:
 
 
 def render(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The glyph on a transparent SIDE x SIDE picture, or None where the font has no picture."""
-    canvas = Image.new("RGBA", (136, 136))
+    """The glyph in the middle of a transparent SIDE x SIDE picture, not scaled.
+
+    None where the font has no picture. Raises InputError where it is larger than SIDE.
+    """
+    canvas = Image.new("RGBA", (BITMAP_WIDTH, BITMAP_WIDTH))
     ImageDraw.Draw(canvas).text((0, 0), text, font=font, embedded_color=True)
     box = canvas.getbbox()
-    if box is None or font.getlength(text) > 136:
+    if box is None or font.getlength(text) > BITMAP_WIDTH:
         return None
     glyph = canvas.crop(box)
-    scale = min(1.0, SIDE / max(glyph.size))
-    size = (round(glyph.width * scale), round(glyph.height * scale))
-    if size != glyph.size:
-        glyph = glyph.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    if max(glyph.size) > SIDE:
+        raise InputError(
+            f"The font's {text} is larger than {SIDE} pixels; use version 2.042 of it."
+        )
     sprite = Image.new("RGBA", (SIDE, SIDE))
-    sprite.paste(glyph, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    sprite.paste(glyph, ((SIDE - glyph.width) // 2, (SIDE - glyph.height) // 2))
     pixels = np.array(sprite)
     pixels[pixels[..., 3] == 0] = 0
     return Image.fromarray(pixels)
@@ -115,14 +123,23 @@ def encode(picture: Image.Image) -> bytes:
 
 
 def build(font_file: Path, emoji_test: Path, annotations: Path) -> pa.Table:
-    """One row for each single-concept glyph that the font holds."""
+    """One row for each single-concept glyph that the font holds.
+
+    An emoji that has no keywords yet gets the words of its name.
+    """
     for path in (font_file, emoji_test, annotations):
         if not path.is_file():
             raise InputError(
                 f"{path} is missing: install fonts-noto-color-emoji, unicode-data and "
                 "unicode-cldr-core, or name the file with an option."
             )
-    font = ImageFont.truetype(str(font_file), BITMAP_SIZE)
+    try:
+        font = ImageFont.truetype(str(font_file), BITMAP_SIZE)
+    except OSError as error:
+        raise InputError(
+            f"{font_file} holds no pictures of size {BITMAP_SIZE} ({error}); "
+            "give the NotoColorEmoji.ttf that has bitmaps."
+        ) from None
     keywords = read_keywords(annotations)
     rows = []
     for glyph in single_concepts(emoji_test):

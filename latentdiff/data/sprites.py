@@ -1,4 +1,7 @@
-"""The emoji sprites that scenes are made of, from one parquet file."""
+"""The emoji sprites that scenes are made of, from one parquet file.
+
+The art is Google's, under the SIL Open Font License 1.1 in OFL.txt.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,17 @@ class Sprite:
     @functools.cached_property
     def image(self) -> Image.Image:
         """RGBA, 128 x 128. Raises InputError when the file holds anything else."""
-        picture = Image.open(io.BytesIO(self.encoded), formats=("WEBP",))
-        if picture.size != (SIDE, SIDE):
-            raise InputError(f"Sprite {self.name!r} is {picture.size}, not {SIDE} x {SIDE} pixels.")
-        return picture.convert("RGBA")
+        try:
+            picture = Image.open(io.BytesIO(self.encoded), formats=("WEBP",))
+            if (picture.mode, picture.size) == ("RGBA", (SIDE, SIDE)):
+                picture.load()
+                return picture
+        except OSError:
+            pass
+        raise InputError(
+            f"The sprite {self.name!r} is no RGBA picture of {SIDE} x {SIDE} pixels; "
+            f"{SPRITES_FILE.name} is damaged."
+        )
 
 
 @functools.cache
