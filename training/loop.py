@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.config import Config, save_yaml
+from latentdiff.model_files import staged_directory
 from training import checkpoints
 from training.ema import EMA
 
@@ -94,17 +95,6 @@ class Program(Protocol):
 
     def finish(self, directory: Path, device: torch.device) -> None:
         """Write the finished model; called once with the averaged weights in the network."""
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which becomes `directory` when the block ends well."""
-    staging = directory.with_name(f".{directory.name}-staged")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.rename(directory)
 
 
 @contextmanager
@@ -190,7 +180,8 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
             checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
     if accelerator.is_main_process:
-        with ema.weights_in(network), torch.no_grad(), staged(model_dir) as directory:
+        shutil.rmtree(model_dir, ignore_errors=True)
+        with ema.weights_in(network), torch.no_grad(), staged_directory(model_dir) as directory:
             program.finish(directory, accelerator.device)
         accelerator.print(f"finished: {model_dir}")
     accelerator.end_training()
