@@ -24,8 +24,9 @@ def timestep_embedding(timestep: Tensor, width: int, flip: bool, shift: float) -
     flip puts the cosines first; shift is taken from the divisor of the exponent.
     """
     half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
-    angle = timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    indices = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(10_000) * indices / (half - shift))
+    angle = timestep.float()[:, None] * frequencies
     waves = (angle.cos(), angle.sin()) if flip else (angle.sin(), angle.cos())
     return torch.cat(waves, dim=-1)
 
@@ -142,6 +143,7 @@ class Transformer2DModel(nn.Module):
         self, width: int, context: int, heads: int, depth: int, groups: int, linear: bool
     ) -> None:
         super().__init__()
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -152,17 +154,25 @@ class Transformer2DModel(nn.Module):
     def forward(self, x: Tensor, text: Iterator[KeysValues]) -> Tensor:
         """x [B, C, h, w] -> [B, C, h, w]; takes one item of text for each block."""
         height = x.shape[2]
-        tokens = self.norm(x)
-        tokens = self._project(self.proj_in, tokens.permute(0, 2, 3, 1).flatten(1, 2))
+        h = self.norm(x)
+        tokens = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             tokens = block(tokens, next(text))
-        tokens = self._project(self.proj_out, tokens)
-        return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2) + x
+        if self.linear:
+            h = _map(self.proj_out(tokens), height)
+        else:
+            h = self.proj_out(_map(tokens, height))
+        return h + x
 
-    @staticmethod
-    def _project(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
-        """A 1 x 1 convolution is a linear map of every token."""
-        return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, N, C]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _map(tokens: Tensor, height: int) -> Tensor:
+    """[B, N, C] -> [B, C, h, w]."""
+    return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
 class Downsample2D(nn.Module):
@@ -173,8 +183,8 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, C, ceil(h / 2), ceil(w / 2)]."""
-        return self.conv(x)
+        """[B, C, h, w] -> [B, C, ceil(h / 2), ceil(w / 2)]; without padding, floor."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):

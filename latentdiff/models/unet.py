@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from latentdiff.config import Config, parse
@@ -31,81 +31,56 @@ TextKeysValues: TypeAlias = list[KeysValues]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "dropout": (0.0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
 }
-"""Keys of a config.json that this network has no use for, and the values that say so."""
+"""Keys of a config.json with one choice here. Other foreign keys must be off: null, false or 0."""
 
-UNUSED = {
-    "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-    "upcast_attention",
-}
-"""Keys that change nothing while the keys above are neutral."""
+UNUSED = {"addition_embed_type_num_heads", "upcast_attention"}
+"""Keys that change nothing here, whatever their value."""
 
 
 class UNetConfig(Config):
     """Sizes of the U-Net, in the names of UNet2DConditionModel's config.json."""
 
-    sample_size: int = Field(gt=0)
+    sample_size: PositiveInt
     """Side of the latents it is trained on; it takes any other."""
-    in_channels: int = Field(default=4, gt=0)
+    in_channels: PositiveInt = 4
     """Channels of the noised latents."""
-    out_channels: int = Field(default=4, gt=0)
+    out_channels: PositiveInt = 4
     """Channels of the prediction."""
-    block_out_channels: tuple[int, ...] = Field(min_length=1)
+    block_out_channels: tuple[PositiveInt, ...] = Field(min_length=1)
     """Channels of each level, from the finest down."""
     down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...]
     """Which levels attend, on the way down."""
     up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...]
     """Which levels attend, on the way up, from the coarsest."""
-    layers_per_block: int = Field(default=2, gt=0)
+    layers_per_block: PositiveInt = 2
     """Residual blocks of each level on the way down; one more on the way up."""
-    cross_attention_dim: int = Field(gt=0)
+    cross_attention_dim: PositiveInt
     """Width D of the text embeddings."""
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: PositiveInt | tuple[PositiveInt, ...] = 8
     """Number of heads, for all levels or each: diffusers' misnomer, kept for its files."""
-    num_attention_heads: int | tuple[int, ...] | None = None
-    """Number of heads where a file names it rightly; overrides attention_head_dim."""
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: PositiveInt | tuple[PositiveInt, ...] = 1
     """Transformer blocks after each residual block, for all levels or each."""
     use_linear_projection: bool = False
     """Whether the transformer's projections are stored as matrices instead of 1 x 1 kernels."""
-    norm_num_groups: int = Field(default=32, gt=0)
+    norm_num_groups: PositiveInt = 32
     """Groups of the group normalization; divides every channel count."""
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: PositiveFloat = 1e-5
     """Epsilon of the residual blocks' normalization."""
     flip_sin_to_cos: bool = True
     """Whether the cosines of the timestep embedding come first."""
     freq_shift: float = 0
     """Shift of its frequencies' exponent."""
     downsample_padding: int = Field(default=1, ge=0, le=1)
-    """Padding of the strided convolutions."""
+    """Padding of the strided convolutions on all sides; 0 pads below and to the right only."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
@@ -114,12 +89,13 @@ class UNetConfig(Config):
             "down_block_types",
             "up_block_types",
             "attention_head_dim",
-            "num_attention_heads",
             "transformer_layers_per_block",
         ):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{name} names {len(value)} levels, block_out_channels {levels}")
+        if self.block_out_channels[0] % 2:
+            raise ValueError("the first of block_out_channels must be even: sines and cosines")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_num_groups or channels % heads:
                 raise ValueError(
@@ -131,7 +107,7 @@ class UNetConfig(Config):
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each level."""
-        return self._each(self.num_attention_heads or self.attention_head_dim)
+        return self._each(self.attention_head_dim)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -151,10 +127,13 @@ class UNetConfig(Config):
         for key, value in values.items():
             if key.startswith("_") or key in UNUSED:
                 continue
-            if key not in NEUTRAL:
+            if key in cls.model_fields:
                 wanted[key] = value
-            elif value not in NEUTRAL[key]:
-                raise InputError(f"The U-Net's config.json has {key}: {value!r}; not supported.")
+            elif (value not in NEUTRAL[key]) if key in NEUTRAL else value:
+                raise InputError(
+                    f"The U-Net's config.json asks for {key}: {value!r}, which is not supported; "
+                    "use a model without it."
+                )
         return parse(cls, wanted, "The U-Net's config.json")
 
     def to_diffusers(self) -> dict[str, Any]:

@@ -1,0 +1,333 @@
+"""The U-Net against diffusers' UNet2DConditionModel with the same weights, drawn at random."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from latentdiff.config import Config
+from latentdiff.errors import InputError
+from latentdiff.models.blocks import Attention, Transformer2DModel
+from latentdiff.models.unet import UNet, UNetConfig
+
+ATTENDING = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+LOWER_ONLY = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16, 24),
+    "cross_attention_dim": 20,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "attention on both levels": SMALL | ATTENDING | {"layers_per_block": 2},
+    "attention on the lower level": SMALL | LOWER_ONLY | {"layers_per_block": 1, "in_channels": 9},
+    "attention on the way up only": SMALL
+    | ATTENDING
+    | {"down_block_types": ("DownBlock2D", "DownBlock2D"), "layers_per_block": 1},
+    "three levels like SD 2": SMALL
+    | {
+        "block_out_channels": (16, 24, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4, 8),
+        "use_linear_projection": True,
+    },
+    "depths of the levels": SMALL
+    | LOWER_ONLY
+    | {"transformer_layers_per_block": (1, 3), "attention_head_dim": (1, 3)},
+    "rare numbers": SMALL
+    | LOWER_ONLY
+    | {
+        "layers_per_block": 1,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-3,
+        "downsample_padding": 0,
+        "out_channels": 3,
+    },
+    "one level": SMALL
+    | {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+}
+SD_1_5: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}
+SD_2_1: dict[str, Any] = SD_1_5 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+
+
+def randomize(network: nn.Module) -> None:
+    """Weights under which every parameter shows in the output, norms and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            drawn *= parameter[0].numel() ** -0.5
+        else:
+            drawn = 0.3 * drawn + parameter.detach()
+        parameter.data.copy_(drawn)
+
+
+def pair(values: dict[str, Any]) -> tuple[UNet, UNet2DConditionModel]:
+    """Ours and diffusers', its weights loaded into ours."""
+    theirs = UNet2DConditionModel(**values)
+    randomize(theirs)
+    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config)))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours.to(memory_format=torch.channels_last), theirs  # type: ignore[call-overload]
+
+
+def inputs(config: UNetConfig, height: int = 8, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Three latents, their timesteps, one of them a fraction, and five text tokens each."""
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(3, config.in_channels, height, width, generator=generator)
+    text = torch.randn(3, 5, config.cross_attention_dim, generator=generator)
+    return sample, torch.tensor([0.0, 421.37, 999.0]), text
+
+
+def assert_equal(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def attentions(network: UNet) -> list[Attention]:
+    """Every cross-attention."""
+    return [module for name, module in network.named_modules() if name.endswith("attn2")]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 10), (9, 11)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    ours, theirs = pair(CONFIGS[name])
+    sample, timestep, text = inputs(ours.config, *size)
+    expected = theirs(sample, timestep, text).sample
+    assert_equal(ours(sample, timestep, text), expected)
+    assert_equal(ours(sample, timestep, ours.project_text(text)), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_diffusers_opens_ours(name: str) -> None:
+    config = UNetConfig(**CONFIGS[name])
+    ours = UNet(config)
+    randomize(ours)
+    theirs = UNet2DConditionModel.from_config(json.loads(json.dumps(config.to_diffusers())))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert UNetConfig.from_diffusers(dict(theirs.config)) == config
+    sample, timestep, text = inputs(config)
+    assert_equal(ours(sample, timestep, text), theirs(sample, timestep, text).sample)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_diffusers(name: str) -> None:
+    ours, theirs = (network.double() for network in pair(CONFIGS[name]))
+    target = torch.randn(3, ours.config.out_channels, 8, 8, dtype=torch.float64)
+    found, expected = [], []
+    for network, gradients in ((ours, found), (theirs, expected)):
+        sample, timestep, text = inputs(ours.config)
+        sample, text = sample.double().requires_grad_(), text.double().requires_grad_()
+        output = network(sample, timestep, text)
+        output = output if isinstance(output, Tensor) else output.sample
+        names = [name for name, _ in network.named_parameters()]
+        loss = (output - target).square().mean()
+        leaves = [sample, text, *network.parameters()]
+        gradients += zip(["sample", "text", *names], torch.autograd.grad(loss, leaves), strict=True)
+    ours_by_name = dict(found)
+    assert ours_by_name.keys() == dict(expected).keys()
+    for name, gradient in expected:
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(ours_by_name[name], gradient, atol=1e-12, rtol=1e-7)
+
+
+@torch.no_grad()
+def test_text_is_projected_once() -> None:
+    ours, _ = pair(CONFIGS["attention on both levels"])
+    sample, timestep, text = inputs(ours.config)
+    calls: list[nn.Module] = []
+    for attention in attentions(ours):
+        for layer in (attention.to_k, attention.to_v):
+            layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    projected = ours.project_text(text)
+    assert len(calls) == len(set(calls)) == 2 * len(attentions(ours)) == 2 * len(projected)
+    for _ in range(2):
+        ours(sample, timestep, projected)
+    assert len(calls) == 2 * len(projected)
+
+
+@torch.no_grad()
+def test_every_map_stays_channels_last() -> None:
+    ours, _ = pair(CONFIGS["three levels like SD 2"])
+    sample, timestep, text = inputs(ours.config)
+    seen = []
+
+    def look(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        for value in (arguments[0], output):
+            if value.dim() == 4:
+                assert value.is_contiguous(memory_format=torch.channels_last), layer
+        seen.append(layer)
+
+    layers = [m for m in ours.modules() if isinstance(m, nn.Conv2d | nn.GroupNorm)]
+    for layer in layers:
+        layer.register_forward_hook(look)
+    sample = sample.contiguous(memory_format=torch.channels_last)
+    output = ours(sample, timestep, text)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert set(seen) == set(layers)
+
+
+@torch.no_grad()
+def test_tokens_are_a_view_of_the_map() -> None:
+    ours, _ = pair(CONFIGS["attention on both levels"])
+    sample, timestep, text = inputs(ours.config)
+    maps, tokens = [], []
+    for transformer in ours.modules():
+        if isinstance(transformer, Transformer2DModel):
+            transformer.proj_in.register_forward_hook(lambda *given: maps.append(given[2]))
+            first = transformer.transformer_blocks[0]
+            first.register_forward_pre_hook(lambda _, given: tokens.append(given[0]))
+    ours(sample.contiguous(memory_format=torch.channels_last), timestep, text)
+    assert len(maps) == len(attentions(ours))
+    assert [x.data_ptr() for x in maps] == [x.data_ptr() for x in tokens]
+
+
+@torch.no_grad()
+def test_compiles_without_a_break() -> None:
+    ours, _ = pair(CONFIGS["attention on the lower level"])
+    sample, timestep, text = inputs(ours.config)
+    expected = ours(sample, timestep, text)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(sample, timestep, text), expected)
+    projected = ours.project_text(text)
+    torch.testing.assert_close(compiled(sample, timestep, projected), expected)
+
+
+def test_trains_under_bfloat16_autocast() -> None:
+    ours, theirs = pair(CONFIGS["three levels like SD 2"])
+    sample, timestep, text = inputs(ours.config)
+    exact = ours(sample, timestep, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ours(sample, timestep, text)
+        theirs_output = theirs(sample, timestep, text).sample
+    error = (output.float() - exact).std()
+    assert 0 < error < 1.25 * (theirs_output.float() - exact).std()
+    output.float().square().mean().backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_runs_in_bfloat16() -> None:
+    ours, theirs = (network.bfloat16() for network in pair(CONFIGS["three levels like SD 2"]))
+    sample, timestep, text = inputs(ours.config)
+    output = ours(sample.bfloat16(), timestep, text.bfloat16())
+    expected = theirs(sample.bfloat16(), timestep, text.bfloat16()).sample
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "parameters"), [(SD_1_5, 859_520_964), (SD_2_1, 865_910_724)], ids=["1.5", "2.1"]
+)
+def test_has_stable_diffusions_parameters(values: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        ours = UNet(UNetConfig.from_diffusers(values))
+        theirs = UNet2DConditionModel.from_config(values)
+    shapes = {name: value.shape for name, value in ours.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
+    assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
+    assert ours.downsampling == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("act_fn", "gelu"),
+        ("addition_embed_type", "text_time"),
+        ("center_input_sample", True),
+        ("class_embed_type", "timestep"),
+        ("conv_in_kernel", 1),
+        ("dual_cross_attention", True),
+        ("encoder_hid_dim", 128),
+        ("mid_block_scale_factor", 2),
+        ("mid_block_type", None),
+        ("num_class_embeds", 10),
+        ("only_cross_attention", [True, False]),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("time_cond_proj_dim", 256),
+        ("a_key_of_tomorrow", "yes"),
+    ],
+)
+def test_refuses_what_it_lacks(key: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{key}: {value!r}".replace("[", r"\[")):
+        UNetConfig.from_diffusers(SD_1_5 | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types names 1 levels"),
+        ({"attention_head_dim": [8, 8]}, "attention_head_dim names 2 levels"),
+        ({"attention_head_dim": 7}, "320 channels do not divide into 32 groups and 7 heads"),
+        ({"attention_head_dim": 0}, "attention_head_dim"),
+        ({"norm_num_groups": 48}, "320 channels do not divide into 48 groups"),
+        ({"norm_num_groups": None}, "norm_num_groups"),
+        ({"block_out_channels": []}, "block_out_channels"),
+        ({"block_out_channels": [5, 10, 10, 10], "norm_num_groups": 5}, "must be even"),
+        ({"cross_attention_dim": [768] * 4}, "cross_attention_dim"),
+        ({"layers_per_block": [2, 2, 2, 2]}, "layers_per_block"),
+    ],
+)
+def test_refuses_sizes_that_cannot_be(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        UNetConfig.from_diffusers(SD_1_5 | changed)
+
+
+def test_every_field_is_described() -> None:
+    assert issubclass(UNetConfig, Config)
+    assert all(field.description for field in UNetConfig.model_fields.values())
