@@ -64,6 +64,17 @@ class ResnetBlock2D(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: q [B, H, N, d], k and v [B, H, L, d] -> [B, H, N, d].
+
+    On CPUs bfloat16 is computed in fp32: PyTorch's bfloat16 backward pass is several times slower.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017)."""
 
@@ -81,7 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
-        attended = F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values)
+        attended = attend(self._split(self.to_q(x)), *keys_values)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

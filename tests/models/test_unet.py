@@ -241,6 +241,9 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(compiled(sample, timestep, text), expected)
     projected = ours.project_text(text)
     torch.testing.assert_close(compiled(sample, timestep, projected), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = ours(sample, timestep, text)
+        torch.testing.assert_close(compiled(sample, timestep, text), expected)
 
 
 def test_trains_under_bfloat16_autocast() -> None:
