@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,11 +22,12 @@ from torch import Tensor
 from latentdiff.config import Config, load_config, load_yaml
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import run_command
+from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import generator, keyed_normal
 from training.data import StepDataset, endless_orders, loader, to_network
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
-from training.pictures import grid, to_pictures
+from training.pictures import grid
 
 
 class VAEConfig(Config):
@@ -172,26 +174,23 @@ class AutoencoderProgram:
 
     def samples(self, device: torch.device) -> Image.Image:
         """Scenes it never saw above their reconstructions."""
-        images = held_out_images(self.scenes.config, 12)
-        decoded = self.network.decode(self.network.encode(to_network(images, device)).mean)
-        pictures = to_pictures(to_network(images, device)) + to_pictures(decoded.float())
-        return grid(pictures, columns=12, scale=2)
+        pictures = self.unseen(12)
+        rows = np.concatenate([pictures, reconstruct(self.network, pictures)])
+        return grid([Image.fromarray(picture) for picture in rows], columns=12, scale=2)
+
+    def unseen(self, count: int) -> np.ndarray:
+        """uint8 [count, H, W, 3]: scenes that no training sees."""
+        scenes = EmojiScenes(self.scenes.config, "held_out")
+        return np.stack([scenes[index]["image"] for index in range(count)])
 
     def finish(self, directory: Path, device: torch.device) -> None:
         """Standardize the latents over the training scenes, then save vae/."""
         mean, std = latent_moments(self.network, self.scenes, device)
         self.network.standardize(mean, std)
         self.network.vae.save_pretrained(directory / "vae")
-        print(
-            f"PSNR on unseen scenes: {unseen_psnr(self.network, self.scenes.config, device):.2f} dB"
-        )
-
-
-def held_out_images(config: ScenesConfig, count: int) -> Tensor:
-    """uint8 [count, 3, H, W] of scenes that no training sees."""
-    scenes = EmojiScenes(config, "held_out")
-    images = [torch.from_numpy(scenes[index]["image"]) for index in range(count)]
-    return torch.stack(images).permute(0, 3, 1, 2)
+        pictures = self.unseen(256)
+        quality = psnr(reconstruct(self.network, pictures), pictures).mean()
+        print(f"PSNR on unseen scenes: {quality:.2f} dB")
 
 
 @torch.no_grad()
@@ -210,20 +209,6 @@ def latent_moments(
         latents.append(posterior.sample(noise.to(device)))
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     return values.mean(dim=1), values.std(dim=1)
-
-
-@torch.no_grad()
-def unseen_psnr(
-    autoencoder: Autoencoder, config: ScenesConfig, device: torch.device, count: int = 256
-) -> float:
-    """Mean over pictures of 10 log10(255^2 / MSE) in dB, decoded pictures rounded to 8 bits."""
-    values = []
-    for images in held_out_images(config, count).split(64):
-        decoded = autoencoder.decode(autoencoder.encode(to_network(images, device)).mean)
-        rounded = decoded.float().clamp(-1, 1).add(1).mul(127.5).round().cpu()
-        mse = (rounded - images).square().mean(dim=(1, 2, 3))
-        values.append(10 * torch.log10(255**2 / mse))
-    return float(torch.cat(values).mean())
 
 
 def main() -> None:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
-from torch import Tensor
-
-
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in about [-1, 1] -> 8-bit pictures."""
-    pixels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def grid(pictures: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:

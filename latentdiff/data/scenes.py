@@ -199,7 +199,7 @@ class EmojiScenes:
             words = f"{rng.choice(STYLES)} {words}"
         if rng.random() < 0.25:
             return words
-        ground = f"{_article(colour)} {colour} background" if articles else f"{colour} background"
+        ground = f"{with_article(colour)} background" if articles else f"{colour} background"
         return rng.choice(
             (
                 f"{words} on {ground}",
@@ -213,7 +213,7 @@ class EmojiScenes:
 
     def _name(self, concept: str, article: bool, rng: random.Random) -> str:
         noun = rng.choice(self.concepts[concept].nouns)
-        return f"{_article(noun)} {noun}" if article else noun
+        return with_article(noun) if article else noun
 
     def swapped(self, scene: Scene, seed: int) -> Scene:
         """The same two objects in each other's places, with a caption of its own."""
@@ -265,5 +265,7 @@ class EmojiScenes:
         return np.rint(canvas * 255).astype(np.uint8)
 
 
-def _article(noun: str) -> str:
-    return "an" if noun[0] in "aeiou" and not noun.startswith(("uf", "uni")) else "a"
+def with_article(words: str) -> str:
+    """The words after "a" or "an"."""
+    vowel = words[0] in "aeiou" and not words.startswith(("uf", "uni"))
+    return f"{'an' if vowel else 'a'} {words}"
