@@ -54,6 +54,9 @@ SCENES = ScenesConfig(
     seed=0,
     resolution=64,
     pair_share=0.5,
+    sizes=(32, 40, 48),
+    pair_sizes=(24, 28, 32),
+    grid=4,
     concepts=(
         Concept(sprite="fox", nouns=("fox",)),
         Concept(sprite="red apple", nouns=("red apple", "apple")),

@@ -81,8 +81,9 @@ scenes[0]  # {{"image": uint8 array [{resolution}, {resolution}, 3], "caption": 
 - **Concepts:** {concepts} visually distinct sprites, with {nouns} nouns: {noun_list}.
 - **Backgrounds:** {backgrounds} colours: {colours}.
 - **Pictures** are {resolution} x {resolution} px, 8-bit sRGB.
-- **Objects** stand in square boxes. One object stands anywhere in the picture; of two, each has a
-  half of the picture for itself, so they never overlap.
+- **Objects** stand in square boxes whose corners are at multiples of {grid} px. One object stands
+  anywhere in the picture, in a box of {sizes} px; of two, each has a half of the picture for
+  itself, so they never overlap, and a box of {pair_sizes} px.
 
 Among the first {sample:,} scenes of the split `train`:
 
@@ -144,6 +145,9 @@ def describe(config: ScenesConfig) -> str:
         **_about_scenes(sample),
         **_about_captions(sample),
         **_about_splits(config),
+        grid=config.grid,
+        sizes=_alternatives(config.sizes),
+        pair_sizes=_alternatives(config.pair_sizes),
         concepts=len(config.concepts),
         nouns=sum(len(concept.nouns) for concept in config.concepts),
         noun_list=", ".join(" / ".join(concept.nouns) for concept in config.concepts),
@@ -154,6 +158,10 @@ def describe(config: ScenesConfig) -> str:
         leaks=sum(any(_held_out(scene)) for scene in sample),
         held=f"{sum(_held_out(held_out.scene(index))[0] for index in range(SAMPLE)):,}",
     )
+
+
+def _alternatives(sizes: tuple[int, ...]) -> str:
+    return " or ".join(map(str, sizes))
 
 
 def _about_sprites() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from latentdiff.config import Config
 from latentdiff.data.sprites import load_sprites
@@ -41,8 +41,8 @@ STYLES = ("a picture of", "an image of", "a drawing of", "an emoji of")
 
 HELD_OUT_PAIRS = 0.10
 HELD_OUT_COLOURS = 0.10
-SINGLE_SIZE = (0.50, 0.80)
-PAIR_SIZE = (0.36, 0.46)
+SPREAD = 0.14
+"""How far two objects may stand from their middle line, as a share of the picture's side."""
 
 
 class Concept(Config):
@@ -63,10 +63,31 @@ class ScenesConfig(Config):
     """Width and height in pixels."""
     pair_share: float = Field(ge=0, le=1)
     """Share of scenes that show two objects."""
+    sizes: tuple[int, ...] = Field(min_length=1)
+    """Sides in pixels of the square box of an object that stands alone."""
+    pair_sizes: tuple[int, ...] = Field(min_length=1)
+    """The same of each of two objects; at most half the resolution."""
+    grid: int = Field(default=1, gt=0)
+    """Boxes start at multiples of it, in pixels. At the VAE's factor an object of one size has the
+    same latents wherever it stands, which a small network learns far sooner."""
     concepts: tuple[Concept, ...] = Field(min_length=2)
     """Everything that scenes show."""
     backgrounds: dict[str, tuple[int, int, int]] = Field(min_length=1)
     """Background colours by name, sRGB 0..255."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScenesConfig:
+        side = self.resolution
+        if not all(0 < size <= side for size in self.sizes):
+            raise ValueError(f"sizes must lie between 1 and the resolution, {side}")
+        if not all(0 < size <= side // 2 for size in self.pair_sizes):
+            raise ValueError(f"pair_sizes must lie between 1 and half the resolution, {side // 2}")
+        if side // 2 % self.grid or self.grid > side * SPREAD:
+            raise ValueError(
+                f"grid must divide half the resolution, {side // 2}, and be at most "
+                f"{int(side * SPREAD)}"
+            )
+        return self
 
     @field_validator("concepts")
     @classmethod
@@ -159,18 +180,23 @@ class EmojiScenes:
     def _place(
         self, nouns: Sequence[str], relation: Relation | None, rng: random.Random
     ) -> tuple[Placed, ...]:
-        side = self.config.resolution
+        config, side = self.config, self.config.resolution
         if relation is None:
-            size = round(rng.uniform(*SINGLE_SIZE) * side)
-            return (
-                Placed(nouns[0], rng.randint(0, side - size), rng.randint(0, side - size), size),
-            )
+            size = rng.choice(config.sizes)
+            places = range(0, side - size + 1, config.grid)
+            return (Placed(nouns[0], rng.choice(places), rng.choice(places), size),)
         placed = []
         for number, noun in enumerate(nouns):
-            size = round(rng.uniform(*PAIR_SIZE) * side)
+            size = rng.choice(config.pair_sizes)
             lower = (number == 0) == (relation in ("left", "above"))
-            along = rng.randint(0, side // 2 - size) + (0 if lower else side // 2)
-            across = (side - size) // 2 + round(rng.uniform(-0.14, 0.14) * side)
+            along = rng.choice(range(0, side // 2 - size + 1, config.grid))
+            along += 0 if lower else side // 2
+            middle = [
+                place
+                for place in range(0, side - size + 1, config.grid)
+                if abs(place - (side - size) / 2) <= SPREAD * side
+            ]
+            across = rng.choice(middle)
             x, y = (along, across) if relation in ("left", "right") else (across, along)
             placed.append(Placed(noun, x, y, size))
         return tuple(placed)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.scenes import PAIR_SIZE, SINGLE_SIZE, EmojiScenes, Relation
+from latentdiff.data.scenes import EmojiScenes, Relation
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,13 @@ class Recogniser:
     a cross-correlation, computed for all places at once in the frequency domain.
     """
 
-    def __init__(self, scenes: EmojiScenes, sizes: int = 6) -> None:
+    def __init__(self, scenes: EmojiScenes) -> None:
         self.scenes = scenes
         self.side = scenes.config.resolution
-        self._banks = {
-            count: self._bank(*bounds, sizes)
-            for count, bounds in ((1, SINGLE_SIZE), (2, PAIR_SIZE))
-        }
+        self._banks = {1: self._bank(scenes.config.sizes), 2: self._bank(scenes.config.pair_sizes)}
 
-    def _bank(self, smallest: float, largest: float, sizes: int) -> _Bank:
-        steps = np.linspace(smallest * self.side, largest * self.side, sizes)
-        items = [
-            (concept, size)
-            for concept in self.scenes.concepts
-            for size in sorted({round(step) for step in steps})
-        ]
+    def _bank(self, sizes: Sequence[int]) -> _Bank:
+        items = [(concept, size) for concept in self.scenes.concepts for size in sizes]
         planes = torch.zeros(len(items), 4, self.side, self.side)
         for plane, (concept, size) in zip(planes, items, strict=True):
             colour, alpha = self.scenes.sprite(concept, size)
