@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.config import Config, save_yaml
+from latentdiff.errors import InputError
 from latentdiff.model_files import staged_directory
 from training import checkpoints
 from training.ema import EMA
@@ -115,12 +117,23 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
+def check_compiler(config: RunConfig, device: torch.device) -> None:
+    """Raises InputError where torch.compile would fail at the first step."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(
+            f"compile is on, but there is no C++ compiler {compiler!r}; install one, name it in "
+            "CXX, or say --compile false."
+        )
+
+
 def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:
     """Train `program.network` to `config.max_steps`, from the newest checkpoint if there is one.
 
-    Raises InputError when the run directory belongs to other settings, and FloatingPointError
-    when the loss is no longer finite.
+    Raises InputError when the run directory belongs to another network or there is no compiler,
+    and FloatingPointError when the loss is no longer finite.
     """
+    check_compiler(config, accelerator.device)
     model_dir = config.run_dir / "model"
     folder = config.run_dir / "checkpoints"
     network = program.network
