@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -50,8 +50,11 @@ class Concept(Config):
 
     sprite: str
     """The sprite's name in the sprites file."""
-    nouns: tuple[str, ...] = Field(min_length=1)
+    nouns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     """What captions call it, the canonical noun first; each a countable singular."""
+
+
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class ScenesConfig(Config):
@@ -72,7 +75,7 @@ class ScenesConfig(Config):
     same latents wherever it stands, which a small network learns far sooner."""
     concepts: tuple[Concept, ...] = Field(min_length=2)
     """Everything that scenes show."""
-    backgrounds: dict[str, tuple[int, int, int]] = Field(min_length=1)
+    backgrounds: dict[str, tuple[Level, Level, Level]] = Field(min_length=1)
     """Background colours by name, sRGB 0..255."""
 
     @model_validator(mode="after")
@@ -150,7 +153,8 @@ class EmojiScenes:
             raise InputError(f"There are no sprites named {', '.join(missing)}.")
         self._sprites = {noun: sprites[c.sprite] for noun, c in self.concepts.items()}
         self._nouns, self._colours = list(self.concepts), list(config.backgrounds)
-        self.sprite = functools.lru_cache(maxsize=None)(self._scaled)
+        self._drawn: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._checked: set[int] = set()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """image: uint8 array [H, W, 3]; caption: str."""
@@ -158,17 +162,31 @@ class EmojiScenes:
         return {"image": self.render(scene), "caption": scene.caption}
 
     def scene(self, index: int) -> Scene:
-        """Scene number `index` (any integer >= 0)."""
+        """Scene number `index` (any integer >= 0).
+
+        Raises InputError when the split has no scene of as many objects.
+        """
         rng = random.Random(f"{self.config.seed}|{self.split}|{index}")
-        pair = rng.random() < self.config.pair_share
+        count = 2 if rng.random() < self.config.pair_share else 1
+        if count not in self._checked:
+            self._refuse_none(count)
+            self._checked.add(count)
         while True:
-            nouns = rng.sample(self._nouns, 2 if pair else 1)
+            nouns = rng.sample(self._nouns, count)
             colour = rng.choice(self._colours)
             if self._belongs(nouns, colour):
                 break
-        relation = rng.choice(RELATIONS) if pair else None
+        relation = rng.choice(RELATIONS) if count == 2 else None
         objects = self._place(nouns, relation, rng)
         return Scene(objects, relation, colour, self._caption(objects, relation, colour, rng))
+
+    def _refuse_none(self, count: int) -> None:
+        groups = itertools.combinations(self._nouns, count)
+        if not any(self._belongs(*both) for both in itertools.product(groups, self._colours)):
+            raise InputError(
+                f"These concepts and backgrounds make no scene of {count} for the split "
+                f"{self.split!r}: add more of them."
+            )
 
     def _belongs(self, nouns: Sequence[str], colour: str) -> bool:
         held_colour = any(is_held_out_colour(noun, colour) for noun in nouns)
@@ -265,18 +283,14 @@ class EmojiScenes:
         caption = self._caption(scene.objects, scene.relation, colour, rng)
         return replace(scene, background=colour, caption=caption)
 
-    def _scaled(self, concept: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sprite at size x size pixels: premultiplied RGB [s, s, 3] and alpha [s, s, 1]."""
-        rgba = np.asarray(self._sprites[concept].image, dtype=np.float32) / 255
-        planes = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
-        scaled = np.stack(
-            [
-                np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BOX))
-                for plane in np.moveaxis(planes, -1, 0)
-            ],
-            axis=-1,
-        )
-        return scaled[..., :3], scaled[..., 3:]
+    def sprite(self, concept: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The object at size x size pixels, in 0..1: premultiplied RGB [s, s, 3], alpha [s, s, 1].
+
+        Kept for the next call; not to be written to.
+        """
+        if (concept, size) not in self._drawn:
+            self._drawn[concept, size] = _scaled(self._sprites[concept].image, size)
+        return self._drawn[concept, size]
 
     def render(self, scene: Scene) -> np.ndarray:
         """uint8 [H, W, 3]: the objects composited over the background (Porter & Duff 1984)."""
@@ -295,3 +309,16 @@ def with_article(words: str) -> str:
     """The words after "a" or "an"."""
     vowel = words[0] in "aeiou" and not words.startswith(("uf", "uni"))
     return f"{'an' if vowel else 'a'} {words}"
+
+
+def _scaled(picture: Image.Image, size: int) -> tuple[np.ndarray, np.ndarray]:
+    rgba = np.asarray(picture, dtype=np.float32) / 255
+    planes = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
+    scaled = np.stack(
+        [
+            np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BOX))
+            for plane in np.moveaxis(planes, -1, 0)
+        ],
+        axis=-1,
+    )
+    return scaled[..., :3], scaled[..., 3:]
