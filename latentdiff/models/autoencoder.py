@@ -85,8 +85,9 @@ class Autoencoder(nn.Module):
         """
         into, back = self.vae.quant_conv, self.vae.post_quant_conv
         channels = self.latent_channels
+        centre = mean / self.scaling + self.shift
         into.weight[:channels] /= std[:, None, None, None]
-        into.bias[:channels] = (into.bias[:channels] - mean) / std
+        into.bias[:channels] = (into.bias[:channels] - centre) / std + self.shift
         into.bias[channels:] -= 2 * std.log()
-        back.bias += (back.weight[:, :, 0, 0] * mean).sum(dim=1)
+        back.bias += (back.weight[:, :, 0, 0] * (centre - std * self.shift)).sum(dim=1)
         back.weight *= std[None, :, None, None]
