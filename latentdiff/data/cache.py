@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +69,7 @@ def prepare(directory: Path, key: CacheKey) -> None:
     path = directory / "key.json"
     mine = json.loads(json.dumps(asdict(key)))
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = _read_json(path)
         if differing := sorted(name for name in mine if mine[name] != theirs.get(name)):
             raise InputError(
                 f"{directory} holds a cache with another {', '.join(differing)}; "
@@ -95,15 +96,19 @@ def write_shard(directory: Path, number: int, records: Records) -> None:
 
 
 def finish(directory: Path, key: CacheKey) -> None:
-    """Write the index and, last, the manifest. Raises InputError while shards are missing."""
+    """Write the index and, last, the manifest.
+
+    Raises InputError while shards are missing, and when one is damaged.
+    """
     if left := missing_shards(directory, key):
         raise InputError(f"{directory} lacks {len(left)} of {key.shards} shards; run again.")
     tables = []
     for number in range(key.shards):
-        captions = pq.read_table(_part(directory, number, "captions.parquet"))["caption"]
+        _open_shard(directory, key, number)
+        captions = _read_captions(_part(directory, number, "captions.parquet"))
         samples = key.samples(number)
         if len(captions) != len(samples):
-            raise InputError(f"Shard {number} of {directory} is damaged; delete its files.")
+            raise _damaged(_part(directory, number, "captions.parquet"))
         tables.append(
             pa.table(
                 {
@@ -123,7 +128,8 @@ def finish(directory: Path, key: CacheKey) -> None:
 class LatentCache:
     """A finished cache, read by sample number.
 
-    Raises InputError when the directory holds no finished cache.
+    Raises InputError when the directory holds no finished cache, and on reading a shard that is
+    missing or damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -131,16 +137,26 @@ class LatentCache:
             raise InputError(
                 f"{directory} holds no finished latent cache; run training.cache_latents."
             )
-        values = json.loads((directory / MANIFEST).read_text())
-        values["latent_shape"] = tuple(values["latent_shape"])
-        self.directory, self.key = directory, CacheKey(**values)
-        self._shard = functools.lru_cache(maxsize=None)(self._open)
+        values = _read_json(directory / MANIFEST)
+        try:
+            key = CacheKey(**{**values, "latent_shape": tuple(values["latent_shape"])})
+        except (KeyError, TypeError):
+            raise _damaged(directory / MANIFEST) from None
+        self.directory, self.key = directory, key
+        self._shard = functools.lru_cache(maxsize=None)(
+            functools.partial(_open_shard, directory, key)
+        )
 
     def __len__(self) -> int:
         return self.key.count
 
     def read(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log-variance [B, C, h, w] fp32, token ids [B, L] int64."""
+        """mean and log-variance [B, C, h, w] fp32, token ids [B, L] int64.
+
+        Raises IndexError for a number outside range(len(self)).
+        """
+        if not all(0 <= sample < len(self) for sample in samples):
+            raise IndexError(f"The cache holds samples 0 to {len(self) - 1}.")
         places = [divmod(sample, self.key.shard_size) for sample in samples]
         moments = np.stack([self._shard(shard)[0][row] for shard, row in places])
         ids = np.stack([self._shard(shard)[1][row] for shard, row in places])
@@ -149,13 +165,53 @@ class LatentCache:
 
     def captions(self) -> list[str]:
         """Every caption in sample order."""
-        captions: list[str] = pq.read_table(self.directory / INDEX)["caption"].to_pylist()
+        captions: list[str] = _read_captions(self.directory / INDEX).to_pylist()
         return captions
 
-    def _open(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        files = (_part(self.directory, shard, name) for name in ("moments.npy", "ids.npy"))
-        moments, ids = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
-        return moments, ids
+
+def _open_shard(directory: Path, key: CacheKey, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior moments [N, 2, C, h, w] fp16 and token ids [N, L] int32, memory-mapped."""
+    count = len(key.samples(number))
+    moments, ids = _part(directory, number, "moments.npy"), _part(directory, number, "ids.npy")
+    return (
+        _open_array(moments, (count, 2, *key.latent_shape), np.float16),
+        _open_array(ids, (count, key.tokens), np.int32),
+    )
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    try:
+        values: np.ndarray = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except Exception:  # NumPy parses headers with Python's own parser: its errors are of any kind
+        raise _damaged(path) from None
+    if (values.shape, values.dtype) != (shape, np.dtype(dtype)):
+        raise _damaged(path)
+    return values
+
+
+def _read_captions(path: Path) -> pa.ChunkedArray:
+    try:
+        return pq.read_table(path)["caption"]
+    except (OSError, pa.ArrowException, KeyError):
+        raise _damaged(path) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise _damaged(path)
+    return values
+
+
+def _damaged(path: Path) -> InputError:
+    shard = path.name.startswith("shard-")
+    whole = path.with_name(path.name.split(".")[0] + ".*") if shard else path.parent
+    return InputError(
+        f"{path} is missing or damaged; delete {whole} and run training.cache_latents again."
+    )
 
 
 def _part(directory: Path, number: int, name: str) -> Path:
