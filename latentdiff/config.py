@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is larger than 1 MiB; that is no configuration file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML raises errors of any kind: dates, depth, tags
         raise InputError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a mapping of option names to values.")
@@ -107,5 +107,5 @@ def _override(values: dict[str, Any], name: str, text: str) -> None:
             raise InputError(f"--{name}: {parent!r} holds a value, not a group of options.")
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # as above
         raise InputError(f"--{name}: {text!r} is not a readable value.") from None
