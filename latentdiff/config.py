@@ -60,7 +60,7 @@ def load_yaml(cls: type[C], path: str | Path) -> C:
 
 def save_yaml(config: Config, path: str | Path) -> None:
     """Write every value of `config`, defaults included."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
 
 
