@@ -70,14 +70,16 @@ class Schedule:
         """The timesteps [N] a sampler visits, descending whole numbers.
 
         Table 2 of Lin et al. (2023): "trailing" starts at T - 1, "leading" steps from steps_offset
-        up and misses T - 1, "linspace" includes both ends. 1 <= N <= T.
+        up and misses T - 1, "linspace" includes both ends. 1 <= N <= T. An offset that would leave
+        the schedule is cut to what fits.
         """
         total, count = len(self), num_inference_steps
         if spacing == "trailing":
             steps = torch.arange(count, dtype=torch.float64)
             return torch.round(total - steps * total / count).long() - 1
         if spacing == "leading":
-            return (torch.arange(count) * (total // count)).flip(0) + steps_offset
+            steps = (torch.arange(count) * (total // count)).flip(0)
+            return steps + min(steps_offset, total - 1 - int(steps[0]))
         return torch.linspace(0, total - 1, count, dtype=torch.float64).flip(0).round().long()
 
     def sampling_sigmas(
@@ -85,4 +87,4 @@ class Schedule:
     ) -> Tensor:
         """The sigmas [N + 1] of sampling_timesteps, descending, and 0 at the end."""
         timesteps = self.sampling_timesteps(num_inference_steps, spacing, steps_offset)
-        return torch.cat([self.sigmas[timesteps.clamp(max=len(self) - 1)], torch.zeros(1)])
+        return torch.cat([self.sigmas[timesteps], torch.zeros(1)])
