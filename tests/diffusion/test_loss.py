@@ -1,0 +1,142 @@
+"""The training loss against the papers' algorithms, written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from torch.testing import assert_close
+
+from latentdiff.diffusion.denoiser import Denoiser
+from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
+from latentdiff.diffusion.parameterization import PARAMETERIZATIONS
+from latentdiff.diffusion.schedule import Schedule
+
+DDPM = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = Schedule(DDPM.alphas_cumprod)
+TIMESTEPS = torch.tensor([0, 120, 500, 999])
+SIGMA = SCHEDULE.sigmas[TIMESTEPS]
+names = pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
+
+
+def draw(number: int) -> Tensor:
+    return torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(number))
+
+
+X0, NOISE, COND = 0.8 * draw(0) + 0.3, draw(1), draw(2)
+
+
+def network(x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
+    return torch.tanh(1.5 * x.roll(1, -1) + 0.3 * cond + timestep[:, None, None, None] / 500)
+
+
+def loss(name: str, weighting: Any = uniform, net: Any = network) -> Tensor:
+    denoiser = Denoiser(net, SCHEDULE, PARAMETERIZATIONS[name])
+    return diffusion_loss(denoiser, X0, SIGMA, NOISE, COND, weighting)
+
+
+def test_epsilon_is_algorithm_1_of_ho_et_al() -> None:
+    """|| eps - eps_theta(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t) ||^2, its mean."""
+    alpha_bar = DDPM.alphas_cumprod[TIMESTEPS][:, None, None, None]
+    x_t = alpha_bar.sqrt() * X0 + (1 - alpha_bar).sqrt() * NOISE
+    predicted = network(x_t, TIMESTEPS.float(), COND)
+    expected = (NOISE - predicted).square().mean(dim=(1, 2, 3))
+    assert_close(loss("epsilon"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_v_is_the_error_of_the_velocity() -> None:
+    """Salimans & Ho (2022), appendix D, through diffusers' add_noise and get_velocity."""
+    x_t = DDPM.add_noise(X0, NOISE, TIMESTEPS)
+    velocity = DDPM.get_velocity(X0, NOISE, TIMESTEPS)
+    predicted = network(x_t, TIMESTEPS.float(), COND)
+    expected = (velocity - predicted).square().mean(dim=(1, 2, 3))
+    assert_close(loss("v_prediction"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@names
+def test_min_snr_weights(name: str, gamma: float) -> None:
+    """Hang et al. (2023), section 3.4; the SNR is diffusers' compute_snr.
+
+    Among the timesteps are SNRs on both sides of gamma.
+    """
+    snr = compute_snr(DDPM, TIMESTEPS)
+    assert snr.min() < gamma < snr.max()
+    weight = snr.clamp(max=gamma) / (snr if name == "epsilon" else snr + 1)
+    assert_close(loss(name, min_snr(gamma)), weight * loss(name), rtol=1e-4, atol=1e-7)
+
+
+@names
+def test_a_huge_gamma_weighs_the_error_of_x0_by_the_snr(name: str) -> None:
+    """SNR || x0 - D ||^2 is the error of epsilon, for every parameterization."""
+    denoiser = Denoiser(network, SCHEDULE, PARAMETERIZATIONS[name])
+    x = X0 + SIGMA[:, None, None, None] * NOISE
+    error = (X0 - denoiser(x, SIGMA, COND)).square().mean(dim=(1, 2, 3))
+    assert_close(loss(name, min_snr(1e12)), error / SIGMA**2, rtol=1e-2, atol=1e-6)
+
+
+@names
+def test_a_network_that_knows_the_answer_has_no_loss(name: str) -> None:
+    """However large the weight; and one that is off by 1 everywhere has loss 1."""
+    alpha_bar = DDPM.alphas_cumprod[TIMESTEPS][:, None, None, None]
+    velocity = alpha_bar.sqrt() * NOISE - (1 - alpha_bar).sqrt() * X0
+    answer = NOISE if name == "epsilon" else velocity
+    assert_close(loss(name, min_snr(5.0), lambda *_: answer), torch.zeros(4), rtol=0, atol=1e-7)
+    assert_close(loss(name, uniform, lambda *_: answer + 1), torch.ones(4), rtol=1e-3, atol=0)
+
+
+@names
+def test_nothing_is_drawn(name: str) -> None:
+    state = torch.get_rng_state()
+    first = loss(name)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(loss(name), first, rtol=0, atol=0)
+
+
+@names
+def test_each_sample_has_its_own_loss(name: str) -> None:
+    denoiser = Denoiser(network, SCHEDULE, PARAMETERIZATIONS[name])
+    together = loss(name, min_snr(5.0))
+    assert together.shape == (4,)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = diffusion_loss(denoiser, X0[one], SIGMA[one], NOISE[one], COND[one], min_snr(5.0))
+        assert_close(alone, together[one])
+
+
+@names
+def test_a_bfloat16_network_is_judged_in_fp32(name: str) -> None:
+    """Under autocast; latents that come as bfloat16 are widened before noise is added."""
+    seen: list[Tensor] = []
+    returned: list[Tensor] = []
+
+    def cast(x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
+        seen.append(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            returned.append(x @ COND[0, 0, :1].T @ COND[0, 0, :1])
+        return returned[-1]
+
+    def judged(net: Any, x0: Tensor) -> Tensor:
+        denoiser = Denoiser(net, SCHEDULE, PARAMETERIZATIONS[name])
+        return diffusion_loss(denoiser, x0, SIGMA, NOISE, COND, min_snr(5.0))
+
+    half = X0.bfloat16()
+    result = judged(cast, half)
+    assert returned[0].dtype == torch.bfloat16
+    assert seen[0].dtype == result.dtype == torch.float32
+    widened = judged(lambda *_: returned[0].float(), half.float())
+    assert_close(result, widened, rtol=0, atol=0)
+
+
+@names
+def test_gradients_are_those_of_the_mean_squared_error(name: str) -> None:
+    """Of the target nothing depends on the network, and nothing is detached from it."""
+    bias = torch.zeros((), requires_grad=True)
+    loss(name, uniform, lambda *inputs: network(*inputs) + bias).sum().backward()
+    output = network(DDPM.add_noise(X0, NOISE, TIMESTEPS), TIMESTEPS.float(), COND)
+    target = NOISE if name == "epsilon" else DDPM.get_velocity(X0, NOISE, TIMESTEPS)
+    assert_close(bias.grad, 2 * (output - target).mean(dim=(1, 2, 3)).sum(), rtol=1e-3, atol=1e-4)
