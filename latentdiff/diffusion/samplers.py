@@ -67,7 +67,10 @@ def ddim(
     """Song et al. (2021), equations 12 and 16: eta 0 is deterministic, 1 is DDPM's posterior.
 
     Their sigma_t, divided by sqrt(alphas_cumprod), is `up` here; `down` is the rest of the level.
+    Raises ValueError at the first step if eta > 0 and there is no noise.
     """
+    if eta > 0 and noise is None:
+        raise ValueError("ddim with eta > 0 takes out noise to put fresh noise in: pass noise.")
     for index, sigma, following, level in _levels(x, sigmas):
         denoised = denoiser(x, level, cond)
         up = eta * following * torch.sqrt(1 - (following / sigma) ** 2)
