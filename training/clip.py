@@ -70,23 +70,27 @@ class ClipConfig(RunConfig):
     """Width of the common space."""
 
 
-class SceneTwins(StepDataset):
-    """Scenes two by two: an even sample is a scene, the odd one after it a near miss of it.
+class NearMisses(StepDataset):
+    """Scenes in fours: sample 4n is a scene, the three after it are near misses of it.
 
-    The near miss shows the same objects with places exchanged, or on another background. Without
-    such neighbours in its batch a CLIP learns a bag of words (Yuksekgonul et al. 2023).
+    One has its objects in exchanged places, or another background; in the other two an object is
+    replaced by one of like colours. Without such neighbours in its batch a CLIP learns a bag of
+    words (Yuksekgonul et al. 2023), and of objects hardly more than their colour.
     """
 
     def __init__(self, scenes: EmojiScenes, tokenizer: CLIPTokenizer) -> None:
         self.scenes, self.tokenizer = scenes, tokenizer
 
     def scene(self, index: int) -> Scene:
-        scene = self.scenes.scene(index // 2)
-        if index % 2 == 0:
+        number, variant = divmod(index, 4)
+        scene = self.scenes.scene(number)
+        if variant == 0:
             return scene
-        if scene.relation is not None and index % 4 == 1:
-            return self.scenes.swapped(scene, index)
-        return self.scenes.recoloured(scene, index)
+        if variant == 1:
+            swap = scene.relation is not None and number % 2 == 0
+            change = self.scenes.swapped if swap else self.scenes.recoloured
+            return change(scene, index)
+        return self.scenes.replaced(scene, variant % len(scene.objects), index)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         scene = self.scene(index)
@@ -143,8 +147,8 @@ class ClipProgram:
             local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
         )
         orders = endless_orders(steps, self.config.batch_size, rank, processes)
-        twins = SceneTwins(self.scenes, self.tokenizer)
-        return (batch for _, batch in loader(twins, orders, self.config.workers))
+        samples = NearMisses(self.scenes, self.tokenizer)
+        return (batch for _, batch in loader(samples, orders, self.config.workers))
 
     def losses(
         self, network: Callable[..., Any], batch: dict[str, Tensor], device: torch.device

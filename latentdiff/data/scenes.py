@@ -41,6 +41,8 @@ STYLES = ("a picture of", "an image of", "a drawing of", "an emoji of")
 
 HELD_OUT_PAIRS = 0.10
 HELD_OUT_COLOURS = 0.10
+LOOKALIKES = 8
+"""Of how many of the objects most like it one is drawn to replace an object."""
 SPREAD = 0.14
 """How far two objects may stand from their middle line, as a share of the picture's side."""
 
@@ -154,6 +156,7 @@ class EmojiScenes:
         self._sprites = {noun: sprites[c.sprite] for noun, c in self.concepts.items()}
         self._nouns, self._colours = list(self.concepts), list(config.backgrounds)
         self._drawn: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._near: dict[str, list[str]] = {}
         self._checked: set[int] = set()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -282,6 +285,37 @@ class EmojiScenes:
         colour = rng.choice(colours or [scene.background])
         caption = self._caption(scene.objects, scene.relation, colour, rng)
         return replace(scene, background=colour, caption=caption)
+
+    def replaced(self, scene: Scene, number: int, seed: int) -> Scene:
+        """Object `number` replaced by one that looks like it, with a caption of its own.
+
+        Stays in the split; where no other object may stand there, the scene is as it was.
+        """
+        old = scene.objects[number].concept
+        others = [placed.concept for placed in scene.objects if placed.concept != old]
+        near = [
+            noun
+            for noun in self._lookalikes(old)
+            if noun not in others and self._belongs([noun, *others], scene.background)
+        ]
+        rng = random.Random(f"replaced|{seed}|{number}|{scene}")
+        noun = rng.choice(near[:LOOKALIKES] or [old])
+        objects = list(scene.objects)
+        objects[number] = replace(objects[number], concept=noun)
+        caption = self._caption(objects, scene.relation, scene.background, rng)
+        return replace(scene, objects=tuple(objects), caption=caption)
+
+    def _lookalikes(self, concept: str) -> list[str]:
+        """All other concepts, those first whose sprites, seen at 4 x 4 pixels, differ least."""
+        if not self._near:
+            blurs = np.stack(
+                [np.concatenate(self.sprite(noun, 4), axis=-1).ravel() for noun in self._nouns]
+            )
+            distances = np.square(blurs[:, None] - blurs).sum(axis=-1)
+            for noun, row in zip(self._nouns, distances, strict=True):
+                order = [self._nouns[number] for number in row.argsort(kind="stable")]
+                self._near[noun] = [other for other in order if other != noun]
+        return self._near[concept]
 
     def sprite(self, concept: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The object at size x size pixels, in 0..1: premultiplied RGB [s, s, 3], alpha [s, s, 1].

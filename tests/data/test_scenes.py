@@ -514,3 +514,47 @@ def test_a_split_without_scenes_is_refused(pair_share: float) -> None:
     assert EmojiScenes(config).scene(0).background == "blue"
     with pytest.raises(InputError, match="no scene of"):
         EmojiScenes(config, "held_out").scene(0)
+
+
+@SPLITS
+def test_replaced_changes_one_object_within_the_split(scenes: EmojiScenes) -> None:
+    changed = 0
+    for index in range(300):
+        scene = scenes.scene(index)
+        for number in range(len(scene.objects)):
+            replaced = scenes.replaced(scene, number, seed=index)
+            before, after = concepts(scene), concepts(replaced)
+            assert [old == new for old, new in zip(before, after, strict=True)].count(False) <= 1
+            changed += before[number] != after[number]
+            boxes = [(placed.x, placed.y, placed.size) for placed in scene.objects]
+            assert [(placed.x, placed.y, placed.size) for placed in replaced.objects] == boxes
+            assert (replaced.relation, replaced.background) == (scene.relation, scene.background)
+            check_caption(replaced)
+            assert replaced == scenes.replaced(scene, number, seed=index)
+            if scenes is TRAIN:
+                assert not any(is_held_out_colour(n, scene.background) for n in after)
+                assert len(after) == 1 or not is_held_out_pair(*after)
+            elif len(after) == 2:
+                assert is_held_out_pair(*after)
+            else:
+                assert is_held_out_colour(after[0], scene.background)
+    assert changed > 300
+
+
+def test_replacements_look_more_alike_than_chance() -> None:
+    """Mean colours over the sprite at full size are nearer than those of two random sprites."""
+    sprites = load_sprites()
+    means = {}
+    for concept in CONFIG.concepts:
+        rgba = np.asarray(sprites[concept.sprite].image, dtype=float) / 255
+        means[concept.nouns[0]] = (rgba[..., :3] * rgba[..., 3:]).mean(axis=(0, 1))
+
+    def distance(a: str, b: str) -> float:
+        return float(np.linalg.norm(means[a] - means[b]))
+
+    chosen = [
+        (scene.objects[0].concept, TRAIN.replaced(scene, 0, seed=0).objects[0].concept)
+        for scene in map(TRAIN.scene, range(300))
+    ]
+    near = np.mean([distance(a, b) for a, b in chosen if a != b])
+    assert near < 0.8 * np.mean([distance(a, b) for a, b in itertools.combinations(means, 2)])
