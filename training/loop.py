@@ -173,7 +173,8 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
         done = step + 1
         ema.update(network, done)
         bar.update(config.batch_size)
-        if done % config.log_every == 0 or done == config.max_steps:
+        save = done % config.checkpoint_every == 0 or done == config.max_steps
+        if save or done % config.log_every == 0:
             figures = _figures(losses, norm, accelerator)
             figures["learning_rate"] = config.optimizer.rate(step, config.max_steps)
             accelerator.log(figures, step=done)
@@ -188,7 +189,7 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
         if done % config.sample_every == 0 or done == config.max_steps:
             with ema.weights_in(network), torch.no_grad():
                 _save_samples(program.samples(accelerator.device), config.run_dir, done)
-        if done % config.checkpoint_every == 0 or done == config.max_steps:
+        if save:
             state = {"seed": config.seed, "samples": done * config.batch_size}
             checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
@@ -215,5 +216,8 @@ def _save_samples(picture: Image.Image, run_dir: Path, step: int) -> None:
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
-        mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=config.run_dir
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+        mixed_precision=config.mixed_precision,
+        log_with="tensorboard",
+        project_dir=config.run_dir,
     )
