@@ -18,6 +18,8 @@ from latentdiff.errors import InputError
 from training.ema import EMA
 
 MANIFEST = "manifest.json"
+NETWORK, AVERAGE, OPTIMIZER = "network.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE = "state.json"
 
 
 def sync(path: Path) -> None:
@@ -75,10 +77,10 @@ def save(
     staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder))
     try:
         weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-        save_file(weights, staged / "network.safetensors")
-        save_file(ema.state_dict(), staged / "ema.safetensors")
-        save_file(optimizer_tensors(optimizer, names), staged / "optimizer.safetensors")
-        write_json(staged / "state.json", {"step": step} | state)
+        save_file(weights, staged / NETWORK)
+        save_file(ema.state_dict(), staged / AVERAGE)
+        save_file(optimizer_tensors(optimizer, names), staged / OPTIMIZER)
+        write_json(staged / STATE, {"step": step} | state)
         files = sorted(staged.iterdir())
         for file in files:
             sync(file)
@@ -86,19 +88,24 @@ def save(
         write_json(staged / MANIFEST, digests)
         sync(staged / MANIFEST)
         target = folder / f"step-{step:06d}"
-        if target.exists():
-            shutil.rmtree(target)
+        _remove(target)
         os.replace(staged, target)
         sync(folder)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    for old in complete(folder)[:-keep]:
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old)
-    for leftover in folder.glob(".staged-*"):
-        shutil.rmtree(leftover)
+    kept = complete(folder)[-keep:]
+    for path in [*folder.glob("step-*"), *folder.glob(".staged-*")]:
+        if path not in kept:
+            _remove(path)
     return target
+
+
+def _remove(path: Path) -> None:
+    """The manifest goes first: what is half removed is no checkpoint."""
+    if path.exists():
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -113,21 +120,24 @@ def load(
 
     Raises InputError when a file differs from the manifest or the network has another shape.
     """
-    digests = json.loads((path / MANIFEST).read_text())
-    for name, digest in digests.items():
+    try:
+        digests = json.loads((path / MANIFEST).read_text())
+    except ValueError:
+        digests = {}
+    for name in (NETWORK, AVERAGE, OPTIMIZER, STATE):
         file = path / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digests.get(name):
             raise InputError(
                 f"{file} is damaged; delete {path} to continue from the one before it."
             )
     try:
-        network.load_state_dict(load_file(path / "network.safetensors"))
-        ema.load_state_dict(load_file(path / "ema.safetensors"))
+        network.load_state_dict(load_file(path / NETWORK))
+        ema.load_state_dict(load_file(path / AVERAGE))
     except RuntimeError as error:
         raise InputError(
             f"{path} belongs to a network of another shape; choose another run_dir. {error}"
         ) from None
-    tensors = load_file(path / "optimizer.safetensors")
+    tensors = load_file(path / OPTIMIZER)
     restore_optimizer(optimizer, parameter_names(network, optimizer), tensors)
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
