@@ -77,6 +77,7 @@ def start_as_haar(encoder: Encoder) -> None:
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             if resnet.conv_shortcut is not None:
+                known = min(known, resnet.conv_shortcut.out_channels)
                 _pass_through(resnet.conv_shortcut.weight, known)
         if block.downsamplers is None:
             continue
