@@ -27,6 +27,9 @@ from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
 from training.data import StepDataset, loader, to_network
 
+ENCODER_FILE = Path("vae", "diffusion_pytorch_model.safetensors")
+TOKENIZER_FILE = Path("tokenizer", "tokenizer.json")
+
 
 class CacheConfig(Config):
     """A run of training.cache_latents."""
@@ -77,11 +80,14 @@ def digest(*files: Path) -> str:
 
 def main() -> None:
     config = load_config(CacheConfig)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
+    )
     scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-    encoder_file = config.autoencoder / "vae" / "diffusion_pytorch_model.safetensors"
-    tokenizer_file = config.text_encoder / "tokenizer" / "tokenizer.json"
-    hashes = {"encoder": digest(encoder_file), "tokenizer": digest(tokenizer_file)}
+    hashes = {
+        "encoder": digest(config.autoencoder / ENCODER_FILE),
+        "tokenizer": digest(config.text_encoder / TOKENIZER_FILE),
+    }
     vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
     tokenizer = CLIPTokenizer.from_pretrained(config.text_encoder / "tokenizer")
     autoencoder = Autoencoder(vae).to(accelerator.device)

@@ -30,6 +30,7 @@ from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
 from latentdiff.scheduler_config import SchedulerConfig
+from training.cache_latents import ENCODER_FILE, TOKENIZER_FILE, digest
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid
 
@@ -71,6 +72,16 @@ class DiffusionProgram:
             raise InputError(
                 f"{config.cache} holds {len(self.cache)} samples, fewer than one batch of "
                 f"{config.batch_size}."
+            )
+        if self.cache.key.encoder != digest(config.autoencoder / ENCODER_FILE):
+            raise InputError(
+                f"{config.cache} was not made with the autoencoder in {config.autoencoder}; make "
+                "the cache again or name its own autoencoder."
+            )
+        if self.cache.key.tokenizer != digest(config.text_encoder / TOKENIZER_FILE):
+            raise InputError(
+                f"{config.cache} was not made with the tokenizer in {config.text_encoder}; make "
+                "the cache again or name its own text encoder."
             )
         self.parts = assemble(config)
         self.network = self.parts.unet
@@ -143,11 +154,12 @@ def assemble(config: DiffusionConfig) -> ModelParts:
             f"unet.cross_attention_dim is {config.unet.cross_attention_dim}, but the text encoder "
             f"is {text_encoder.hidden_size} wide; make them equal."
         )
-    if config.unet.in_channels != autoencoder.latent_channels:
-        raise InputError(
-            f"unet.in_channels is {config.unet.in_channels}, but the autoencoder's latents have "
-            f"{autoencoder.latent_channels} channels; make them equal."
-        )
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.unet, name) != autoencoder.latent_channels:
+            raise InputError(
+                f"unet.{name} is {getattr(config.unet, name)}, but the autoencoder's latents have "
+                f"{autoencoder.latent_channels} channels; make them equal."
+            )
     with seeded(config.seed):
         unet = UNet(config.unet)
         close_branches(unet)
