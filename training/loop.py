@@ -216,7 +216,7 @@ def _save_samples(picture: Image.Image, run_dir: Path, step: int) -> None:
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not meet
         mixed_precision=config.mixed_precision,
         log_with="tensorboard",
         project_dir=config.run_dir,
