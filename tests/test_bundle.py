@@ -1,0 +1,107 @@
+"""The model that travels with the code."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+
+from inference.evaluate import KINDS, Judge, prompt_for
+from latentdiff.config import load_yaml
+from latentdiff.data.scenes import EmojiScenes, ScenesConfig
+from latentdiff.metrics.psnr import psnr, reconstruct
+from latentdiff.model_files import model_directory
+from latentdiff.pipeline import TextToImage
+
+ROOT = Path(__file__).parents[1]
+BUNDLE = model_directory(None)
+PROMPT = "a fox to the left of a red apple on a blue background"
+
+
+@pytest.fixture(scope="module")
+def bundle() -> TextToImage:
+    return TextToImage.load()
+
+
+def test_weighs_at_most_32_megabytes_in_safetensors_alone() -> None:
+    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32_000_000
+    assert {path.suffix for path in files} == {".json", ".txt", ".safetensors", ".md", ".png"}
+    for path in BUNDLE.rglob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor = weights.get_tensor(name)
+                assert tensor.dtype == torch.float16 or not tensor.is_floating_point()
+                assert torch.isfinite(tensor).all()
+
+
+def test_knows_the_scenes_it_was_trained_on(bundle: TextToImage) -> None:
+    config = load_yaml(ScenesConfig, ROOT / "configs/emoji/scenes.yaml")
+    assert bundle.parts.vocabulary == config
+
+
+def test_card_counts_the_parameters(bundle: TextToImage) -> None:
+    card = (BUNDLE / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)/` \|.*\| ([\d,]+) \|$", card, re.M))
+    parts = bundle.parts
+    for name, network in (
+        ("unet", parts.unet),
+        ("vae", parts.autoencoder.vae),
+        ("text_encoder", parts.text_encoder.model),
+    ):
+        assert int(rows[name].replace(",", "")) == sum(p.numel() for p in network.parameters())
+
+
+def test_vae_keeps_unseen_scenes(bundle: TextToImage) -> None:
+    assert bundle.parts.vocabulary is not None
+    scenes = EmojiScenes(bundle.parts.vocabulary, "held_out")
+    pictures = np.stack([scenes[index]["image"] for index in range(64)])
+    assert psnr(reconstruct(bundle.parts.autoencoder, pictures), pictures).mean() >= 27
+
+
+def test_draws_what_is_asked_more_often_than_chance(bundle: TextToImage) -> None:
+    """The evaluation's first 24 single objects; by chance one of three such lists has one right."""
+    assert bundle.parts.vocabulary is not None
+    judge = Judge(bundle.parts.vocabulary)
+    asked = KINDS[0].scenes(bundle.parts.vocabulary, 24)
+    pictures = bundle.generate([prompt_for(scene) for scene in asked], seed=0)
+    assert isinstance(pictures, list)
+    verdicts = [judge(np.asarray(p), scene) for p, scene in zip(pictures, asked, strict=True)]
+    assert sum(verdict.background_right for verdict in verdicts) >= 22
+    assert sum(verdict.objects_right for verdict in verdicts) >= 3
+
+
+def test_batches_do_not_change_a_picture(bundle: TextToImage) -> None:
+    """Alone, and at the first, fourth and last place of eight."""
+    alone = np.asarray(bundle.generate(PROMPT, seed=7, num_inference_steps=10), dtype=int)
+    for place in (0, 3, 7):
+        prompts = ["a panda on a red background"] * 8
+        prompts[place] = PROMPT
+        seeds = list(range(100, 108))
+        seeds[place] = 7
+        pictures = bundle.generate(prompts, seed=seeds, num_inference_steps=10)
+        assert isinstance(pictures, list)
+        assert np.abs(np.asarray(pictures[place], dtype=int) - alone).max() <= 1
+
+
+def test_diffusers_draws_the_same_picture(bundle: TextToImage) -> None:
+    """StableDiffusionPipeline with DDIM, the same initial noise, 25 steps, within 2/255."""
+    ours = np.asarray(bundle.generate(PROMPT, seed=7), dtype=int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline.from_pretrained(BUNDLE, torch_dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPT,
+        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=25,
+        guidance_scale=4.0,
+    ).images[0]
+    assert np.abs(np.asarray(theirs, dtype=int) - ours).max() <= 2
