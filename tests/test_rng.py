@@ -53,6 +53,12 @@ def test_every_field_of_the_key_counts(other: tuple[int, str, int, int]) -> None
     assert not torch.equal(first_draw((1, "noise", 3, 4)), first_draw(other))
 
 
+def test_digits_do_not_run_together() -> None:
+    one, other = first_draw((1, "noise", 1, 23)), first_draw((1, "noise", 12, 3))
+    assert not torch.equal(one, other)
+    assert not torch.equal(first_draw((1, "2", 3, 4)), first_draw((12, "", 3, 4)))
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_a_sample_s_noise_knows_nothing_of_its_batch(

@@ -85,3 +85,4 @@ def test_a_half_precision_network_leaves_x_s_dtype(name: str) -> None:
     sigma = torch.tensor([0.5])
     kept = {"epsilon": 1.0, "v_prediction": 0.8}[name]
     assert_close(denoise(x, sigma, None), kept * x)
+    assert denoise.network_output(x, sigma, None).dtype == torch.float32

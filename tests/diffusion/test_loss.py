@@ -110,7 +110,7 @@ def test_each_sample_has_its_own_loss(name: str) -> None:
 
 @names
 def test_a_bfloat16_network_is_judged_in_fp32(name: str) -> None:
-    """Under autocast; latents that come as bfloat16 are widened before noise is added."""
+    """Under autocast; what comes as bfloat16 is widened before noise is added."""
     seen: list[Tensor] = []
     returned: list[Tensor] = []
 
@@ -120,15 +120,15 @@ def test_a_bfloat16_network_is_judged_in_fp32(name: str) -> None:
             returned.append(x @ COND[0, 0, :1].T @ COND[0, 0, :1])
         return returned[-1]
 
-    def judged(net: Any, x0: Tensor) -> Tensor:
+    def judged(net: Any, *inputs: Tensor) -> Tensor:
         denoiser = Denoiser(net, SCHEDULE, PARAMETERIZATIONS[name])
-        return diffusion_loss(denoiser, x0, SIGMA, NOISE, COND, min_snr(5.0))
+        return diffusion_loss(denoiser, *inputs, COND, min_snr(5.0))
 
-    half = X0.bfloat16()
-    result = judged(cast, half)
+    half = [values.bfloat16() for values in (X0, SIGMA, NOISE)]
+    result = judged(cast, *half)
     assert returned[0].dtype == torch.bfloat16
     assert seen[0].dtype == result.dtype == torch.float32
-    widened = judged(lambda *_: returned[0].float(), half.float())
+    widened = judged(lambda *_: returned[0].float(), *(values.float() for values in half))
     assert_close(result, widened, rtol=0, atol=0)
 
 
