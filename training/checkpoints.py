@@ -54,10 +54,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
 ) -> None:
+    """The inverse of optimizer_tensors.
+
+    Moments take their parameter's memory format: fused AdamW walks both in the order of memory.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("/", 1)
+        like = parameters[numbers[parameter]].detach()
+        if tensor.shape == like.shape:
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(numbers[parameter], {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
