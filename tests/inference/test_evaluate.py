@@ -58,9 +58,9 @@ def test_prompts_say_all_of_a_scene() -> None:
 
 def test_judge_tells_right_from_wrong(scenes: ScenesConfig) -> None:
     source, judge = EmojiScenes(scenes), Judge(scenes)
-    wanted = Scene((Placed("fox", 0, 16, 24), Placed("robot", 32, 16, 32)), "left", "blue", "")
-    mirrored = Scene((Placed("fox", 32, 16, 24), Placed("robot", 0, 16, 32)), "right", "blue", "")
-    other = Scene((Placed("fox", 0, 16, 24), Placed("ghost", 32, 16, 32)), "left", "blue", "")
+    wanted = Scene((Placed("fox", 0, 16, 32), Placed("robot", 32, 16, 32)), "left", "blue", "")
+    mirrored = Scene((Placed("fox", 32, 16, 32), Placed("robot", 0, 16, 32)), "right", "blue", "")
+    other = Scene((Placed("fox", 0, 16, 32), Placed("ghost", 32, 16, 32)), "left", "blue", "")
     red = Scene(wanted.objects, "left", "red", "")
 
     def answers(shown: Scene) -> tuple[bool, bool, bool]:
