@@ -1,0 +1,204 @@
+"""The VAE's start, its crops, its loss and its standardized latents."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.rng import keyed_normal
+from training.autoencoder import SceneCrops, VAEConfig, edges, latent_moments
+from training.loop import seeded
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(*channels: int, latents: int = 4) -> AutoencoderKL:
+    config = VAEConfig(block_out_channels=channels, latent_channels=latents, norm_num_groups=1)
+    with seeded(0):
+        return config.build(32).requires_grad_(False)
+
+
+# The start
+
+
+def descend(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The encoder's features before its middle block, less those of a black picture: linear."""
+
+    def features(values: Tensor) -> Tensor:
+        values = vae.encoder.conv_in(values)
+        for block in vae.encoder.down_blocks:
+            values = block(values)
+        return values
+
+    return features(images) - features(torch.zeros_like(images))
+
+
+def haar(images: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """The transform as a matrix, the Kronecker product of [[1, 1], [1, -1]] / sqrt 2 with itself.
+
+    Of each level's coefficients as many go on as it and the next one have channels.
+    """
+    one = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
+    matrix = np.kron(one, one)
+    values = images.double().numpy()
+    for width, following in itertools.pairwise(channels):
+        b, c, h, w = values.shape
+        blocks = values.reshape(b, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5)
+        bands = blocks.reshape(b, h // 2, w // 2, c, 4) @ matrix.T
+        values = bands.transpose(0, 4, 3, 1, 2).reshape(b, 4 * c, h // 2, w // 2)
+        values = values[:, : min(width, following)]
+    return torch.from_numpy(values)
+
+
+@pytest.mark.parametrize(
+    "channels", [(3, 12), (12, 48, 48), (12, 48, 192, 192), (5, 13, 50), (16, 48, 200, 224)]
+)
+def test_the_encoder_begins_as_a_haar_transform(channels: tuple[int, ...]) -> None:
+    images = random(2, 3, 32, 48)
+    expected = haar(images, channels)
+    found = descend(build(*channels), images).double()
+    known = expected.shape[1]
+    torch.testing.assert_close(found[:, :known], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wide_encoder_loses_nothing() -> None:
+    """192 coefficients of an 8x8 block: an orthonormal transform keeps lengths and angles."""
+    vae = build(12, 48, 192, 192)
+    images = random(4, 3, 32, 32)
+    found = descend(vae, images).flatten(1)
+    torch.testing.assert_close(found @ found.T, images.flatten(1) @ images.flatten(1).T)
+
+
+@pytest.mark.parametrize("channels", [(32, 64, 128, 192), (32, 64, 128, 128), (64, 32, 16), (8, 4)])
+def test_the_first_features_are_means(channels: tuple[int, ...]) -> None:
+    """Also where a level is narrower than the one before it."""
+    factor = 2 ** (len(channels) - 1)
+    images = random(1, 3, 32, 32)
+    means = torch.nn.functional.avg_pool2d(images, factor) * factor
+    torch.testing.assert_close(
+        descend(build(*channels), images)[:, :3], means, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_posterior_begins_narrow_and_the_branches_at_zero() -> None:
+    vae = build(8, 16, 16)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv2.weight"):
+            assert not parameter.any(), name
+    assert vae.quant_conv.bias[4:].tolist() == [-4.0] * 4
+    assert (vae.encode(random(2, 3, 32, 32)).latent_dist.std < 0.5).all()
+
+
+# The data
+
+
+def test_crops_are_windows_of_their_scenes(tiny_chain: Any) -> None:
+    scenes = tiny_chain.program("autoencoder").scenes
+    corners = set()
+    for index in range(64):
+        crop = SceneCrops(scenes, 60, seed=5)[index]
+        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 60, 60))
+        image = torch.from_numpy(scenes[index]["image"]).permute(2, 0, 1)
+        places = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if image[:, y : y + 60, x : x + 60].equal(crop)
+        ]
+        assert places
+        if len(places) == 1:
+            corners.add(places[0])
+    assert {y for y, _ in corners} == {x for _, x in corners} == {0, 1, 2, 3, 4}
+
+
+def test_a_whole_picture_can_be_the_crop(tiny_chain: Any) -> None:
+    scenes = tiny_chain.program("autoencoder").scenes
+    crop = SceneCrops(scenes, 64, seed=0)[3]
+    assert crop.equal(torch.from_numpy(scenes[3]["image"]).permute(2, 0, 1))
+
+
+# The loss
+
+
+def test_the_loss_is_its_formula(tiny_chain: Any) -> None:
+    program = tiny_chain.program("autoencoder", edge_weight=0.7, kl_weight=0.3)
+    batch = next(program.batches(range(2, 3), 0, 1))
+    assert batch["indices"] == [8, 9, 10, 11]
+    losses = program.losses(program.network, batch, CPU)
+
+    images = batch["images"].double() / 255 * 2 - 1
+    latent = program.network.vae.encode(images.float()).latent_dist
+    noise = keyed_normal(0, "posterior", 0, batch["indices"], (4, 4, 4))
+    decoded = program.network.vae.decode(latent.mean + latent.std * noise).sample.double()
+    error = (decoded - images).detach()
+    l1 = error.abs().mean()
+    across = (error[..., 1:] - error[..., :-1]).abs().mean()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    kl = kl_divergence(Normal(latent.mean, latent.std), Normal(0.0, 1.0)).mean().double()
+    psnr = 10 * torch.log10(2**2 / error.square().mean())
+    expected = {
+        "loss": l1 + 0.7 * (across + down) + 0.3 * kl,
+        "l1": l1,
+        "kl": kl,
+        "psnr": psnr,
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_edges_are_finite_differences() -> None:
+    ramp = torch.arange(4.0)[:, None] * 10 + torch.arange(5.0)
+    across, down = edges(ramp)
+    assert across.equal(torch.full((4, 4), 1.0))
+    assert down.equal(torch.full((3, 5), 10.0))
+
+
+# The end
+
+
+def test_the_finished_latents_are_standard_and_reconstructions_as_they_were(
+    tiny_chain: Any, tmp_path: Path
+) -> None:
+    program = tiny_chain.program("autoencoder")
+    with seeded(1), torch.no_grad():
+        for parameter in program.network.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    program.network.eval()
+    before = copy.deepcopy(program.network)
+    mean, std = latent_moments(before, program.scenes, CPU)
+    assert ((std - 1).abs() > 0.05).any()
+
+    program.finish(tmp_path, CPU)
+    saved = Autoencoder(AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
+    mean, std = latent_moments(saved, program.scenes, CPU)
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
+
+    images = torch.from_numpy(program.unseen(4)).permute(0, 3, 1, 2) / 127.5 - 1
+    noise = random(4, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            saved(images, noise)[0], before(images, noise)[0], atol=1e-4, rtol=1e-3
+        )
+
+
+def test_unseen_pictures_are_those_of_the_held_out_split(tiny_chain: Any) -> None:
+    program = tiny_chain.program("autoencoder")
+    unseen = program.unseen(20)
+    trained = {program.scenes[index]["image"].tobytes() for index in range(2000)}
+    assert not any(picture.tobytes() in trained for picture in unseen)
