@@ -141,9 +141,9 @@ def load(
     try:
         network.load_state_dict(load_file(path / NETWORK))
         ema.load_state_dict(load_file(path / AVERAGE))
-    except RuntimeError as error:
+    except RuntimeError:
         raise InputError(
-            f"{path} belongs to a network of another shape; choose another run_dir. {error}"
+            f"{path} belongs to a network of another shape; choose another run_dir."
         ) from None
     tensors = load_file(path / OPTIMIZER)
     restore_optimizer(optimizer, parameter_names(network, optimizer), tensors)

@@ -164,7 +164,13 @@ def assemble(config: DiffusionConfig) -> ModelParts:
         unet = UNet(config.unet)
         close_branches(unet)
     if config.init_from is not None:
-        unet.load_state_dict(load_model(config.init_from).unet.state_dict())
+        try:
+            unet.load_state_dict(load_model(config.init_from).unet.state_dict())
+        except RuntimeError:
+            raise InputError(
+                f"init_from, {config.init_from}, has a U-Net of another shape; make unet equal to "
+                "its unet/config.json."
+            ) from None
     vocabulary = load_yaml(ScenesConfig, config.scenes) if config.scenes else None
     return ModelParts(unet, autoencoder, text_encoder, config.scheduler, vocabulary)
 
