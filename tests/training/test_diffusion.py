@@ -1,0 +1,276 @@
+"""Training the U-Net: a loss for each sample whatever its batch, and parts that must fit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from latentdiff.checkpoint import load_model
+from latentdiff.data.cache import LatentCache
+from latentdiff.errors import InputError
+from latentdiff.models.blocks import ResnetBlock2D, Transformer2DModel
+from latentdiff.rng import keyed_normal, keyed_uniform
+from training.loop import seeded
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def program(tiny_chain: Any) -> Any:
+    """Every weight random, so that noise, timestep and caption all show in the loss."""
+    program = tiny_chain.program("diffusion", caption_dropout=0.5)
+    with seeded(0), torch.no_grad():
+        for parameter in program.network.parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_uniform_(parameter)
+    return program
+
+
+def batch(program: Any, epoch: int, samples: list[int]) -> Any:
+    return epoch, samples, program.cache.read(samples)
+
+
+def loss(program: Any, epoch: int, samples: list[int]) -> float:
+    with torch.no_grad():
+        losses = program.losses(program.network, batch(program, epoch, samples), CPU)
+    return losses["loss"].item()
+
+
+# The loss
+
+
+def test_a_samples_loss_does_not_depend_on_its_batch(program: Any) -> None:
+    samples = [5, 0, 31, 17, 8]
+    alone = {sample: loss(program, 2, [sample]) for sample in samples}
+    assert len(set(alone.values())) == len(samples)
+    for together in (samples, samples[::-1], [31, 5], [17, 0, 8]):
+        expected = sum(alone[sample] for sample in together) / len(together)
+        assert loss(program, 2, together) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_samples_loss_depends_on_seed_and_epoch(tiny_chain: Any, program: Any) -> None:
+    other = tiny_chain.program("diffusion", caption_dropout=0.5, seed=1)
+    other.network.load_state_dict(program.network.state_dict())
+    losses = {
+        loss(program, 0, [3]),
+        loss(program, 1, [3]),
+        loss(other, 0, [3]),
+        loss(other, 1, [3]),
+    }
+    assert len(losses) == 4
+    assert loss(program, 1, [3]) in losses
+
+
+@pytest.mark.parametrize("gamma", ["null", 5.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_is_diffusers_training_example(
+    tiny_chain: Any, program: Any, prediction_type: str, gamma: Any
+) -> None:
+    """add_noise, predict, compare with the target, weigh by min-SNR: as diffusers' script does."""
+    mine = tiny_chain.program(
+        "diffusion",
+        caption_dropout=0,
+        min_snr_gamma=gamma,
+        scheduler__prediction_type=prediction_type,
+    )
+    mine.network.load_state_dict(program.network.state_dict())
+    samples = [1, 2, 3, 4]
+    epoch, _, (mean, logvar, ids) = batch(mine, 7, samples)
+    shape = tuple(mean.shape[1:])
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+    )
+    x0 = mean + (logvar / 2).exp() * keyed_normal(0, "posterior", 7, samples, shape)
+    noise = keyed_normal(0, "noise", 7, samples, shape)
+    t = (keyed_uniform(0, "timestep", 7, samples) * 1000).long()
+    with torch.no_grad():
+        text = mine.text_encoder.encode_ids(ids)
+        predicted = mine.network(scheduler.add_noise(x0, noise, t), t.float(), text)
+    velocity = prediction_type == "v_prediction"
+    target = scheduler.get_velocity(x0, noise, t) if velocity else noise
+    errors = (predicted - target).square().mean(dim=(1, 2, 3))
+    if gamma != "null":
+        snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+        errors *= snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+    assert loss(mine, epoch, samples) == pytest.approx(errors.mean().item(), rel=2e-3)
+
+
+def test_every_timestep_is_drawn_alike(program: Any) -> None:
+    seen: list[Tensor] = []
+    network = spy(lambda x, t, text: seen.append(t))
+    for epoch in range(100):
+        program.losses(network, batch(program, epoch, list(range(32))), CPU)
+    t = torch.cat(seen)
+    torch.testing.assert_close(t, t.round(), atol=1e-2, rtol=0)
+    t = t.round()
+    assert (t.min().item(), t.max().item()) == pytest.approx((0, 999), abs=5)
+    counts = torch.bincount((t / 100).long())
+    assert len(counts) == 10
+    assert (counts - 320.0).square().sum() / 320 < 9 + 5 * math.sqrt(18)  # chi-squared
+
+
+def spy(look: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]:
+    """A network that predicts zero and shows what it was given."""
+
+    def network(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        look(x, timestep, text)
+        return torch.zeros_like(x)
+
+    return network
+
+
+# Captions
+
+
+def dropped(program: Any, epoch: int) -> Tensor:
+    """[32] bool: whose caption became the empty one."""
+    found: list[Tensor] = []
+    empty = program.text_encoder.encode_ids(program.empty)
+    program.losses(
+        spy(lambda x, t, text: found.append((text - empty).abs().amax(dim=(1, 2)) < 1e-5)),
+        batch(program, epoch, list(range(32))),
+        CPU,
+    )
+    return found[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_captions_are_dropped_in_their_share(tiny_chain: Any, share: float) -> None:
+    program = tiny_chain.program("diffusion", caption_dropout=share)
+    drops = torch.stack([dropped(program, epoch) for epoch in range(60)])
+    count = drops.numel()
+    spread = 5 * math.sqrt(share * (1 - share) / count)
+    assert drops.float().mean().item() == pytest.approx(share, abs=spread)
+    if 0 < share < 1:
+        assert not drops[0].equal(drops[1])
+        # A sample keeps its caption in some epochs and loses it in others.
+        assert ((drops.any(dim=0)) & (~drops.all(dim=0))).float().mean() > 0.9
+    assert dropped(program, 0).equal(drops[0])
+
+
+def test_the_text_tower_stays_as_it_is(program: Any) -> None:
+    assert not any(p.requires_grad for p in program.text_encoder.parameters())
+    assert not program.text_encoder.training
+    program.losses(program.network, batch(program, 0, [0, 1]), CPU)["loss"].backward()
+    assert all(p.grad is None for p in program.text_encoder.parameters())
+    assert all(p.grad is not None for p in program.network.parameters())
+    program.network.zero_grad()
+
+
+# The start
+
+
+def test_it_starts_from_zero_and_by_the_seed(tiny_chain: Any) -> None:
+    first, second = (tiny_chain.program("diffusion").network for _ in range(2))
+    other = tiny_chain.program("diffusion", seed=1).network
+    for name, value in first.state_dict().items():
+        assert value.equal(second.state_dict()[name])
+    assert not first.conv_in.weight.equal(other.conv_in.weight)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 32, 32)
+    with torch.no_grad():
+        zero = first(x, torch.tensor([500.0]), text) - first.conv_out.bias[:, None, None]
+    assert not zero.any()
+    for module in first.modules():
+        if isinstance(module, ResnetBlock2D):
+            assert not module.conv2.weight.any()
+        if isinstance(module, Transformer2DModel):
+            assert not module.proj_out.weight.any()
+
+
+def test_it_can_start_from_a_finished_model(tiny_chain: Any, tmp_path: Path) -> None:
+    first = tiny_chain.program("diffusion")
+    with seeded(3), torch.no_grad():
+        for parameter in first.network.parameters():
+            parameter += torch.randn_like(parameter)
+    first.finish(tmp_path / "model", CPU)
+    program = tiny_chain.program("diffusion", init_from=tmp_path / "model", seed=9)
+    saved = load_model(tmp_path / "model").unet.state_dict()
+    for name, value in program.network.state_dict().items():
+        assert value.equal(saved[name].float())
+        torch.testing.assert_close(value, first.network.state_dict()[name], atol=1e-3, rtol=1e-3)
+        assert value.dtype == torch.float32
+
+
+# Parts that do not fit
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"unet__cross_attention_dim": 48},
+            "unet.cross_attention_dim is 48, but the text encoder is 32 wide; make them equal",
+        ),
+        (
+            {"unet__in_channels": 8},
+            "unet.in_channels is 8, but the autoencoder's latents have 4 channels",
+        ),
+        (
+            {"unet__out_channels": 8},
+            "unet.out_channels is 8, but the autoencoder's latents have 4 channels",
+        ),
+        ({"batch_size": 33}, "holds 32 samples, fewer than one batch of 33"),
+        ({"cache": "absent"}, "absent holds no finished latent cache"),
+        ({"autoencoder": "absent"}, "absent/vae/.* is missing; train it first"),
+        ({"text_encoder": "absent"}, "absent/tokenizer/.* is missing; train it first"),
+        ({"init_from": "absent"}, "no model directory at absent"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tiny_chain: Any, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_chain.program("diffusion", **overrides)
+
+
+def test_a_start_of_another_shape_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    tiny_chain.program("diffusion").finish(tmp_path / "model", CPU)
+    with pytest.raises(InputError, match=r"init_from.* another shape"):
+        tiny_chain.program(
+            "diffusion", init_from=tmp_path / "model", unet__block_out_channels="[16, 48]"
+        )
+
+
+def test_another_autoencoder_than_the_caches_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(tiny_chain.run_dir("autoencoder") / "model" / "vae")
+    with torch.no_grad():
+        vae.quant_conv.bias += 1
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(InputError, match="was not made with the autoencoder in"):
+        tiny_chain.program("diffusion", autoencoder=tmp_path)
+
+
+def test_another_tokenizer_than_the_caches_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_chain.run_dir("clip") / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(InputError, match="was not made with the tokenizer in"):
+        tiny_chain.program("diffusion", text_encoder=tmp_path / "model")
+
+
+# The order
+
+
+def test_batches_are_records_of_the_cache_whatever_the_processes(program: Any) -> None:
+    latents = LatentCache(program.config.cache)
+    whole = list(program.batches(range(10), 0, 1))
+    assert [epoch for epoch, _, _ in whole] == [0] * 8 + [1] * 2
+    for (epoch, samples, records), *shares in zip(
+        whole, *(program.batches(range(10), rank, 2) for rank in range(2)), strict=True
+    ):
+        for mine, theirs in zip(records, latents.read(samples), strict=True):
+            assert mine.equal(theirs)
+        assert {share[0] for share in shares} == {epoch}
+        assert sorted(sample for share in shares for sample in share[1]) == sorted(samples)
