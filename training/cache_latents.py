@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from latentdiff.data.sprites import SPRITES_FILE
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
 from training.data import StepDataset, loader, to_network
+from training.loop import Precision
 
 ENCODER_FILE = Path("vae", "diffusion_pytorch_model.safetensors")
 TOKENIZER_FILE = Path("tokenizer", "tokenizer.json")
@@ -50,7 +50,7 @@ class CacheConfig(Config):
     """Scenes encoded together."""
     workers: int = Field(default=0, ge=0)
     """Processes that draw scenes ahead."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     """Arithmetic of the encoder."""
 
 

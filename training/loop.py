@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,6 +21,11 @@ from latentdiff.errors import InputError
 from latentdiff.model_files import staged_directory
 from training import checkpoints
 from training.ema import EMA
+
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"],
+    BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads no as false
+]
 
 
 class OptimizerConfig(Config):
@@ -66,7 +71,7 @@ class RunConfig(Config):
     """Steps between sample grids, drawn from the averaged weights."""
     log_every: int = Field(default=20, gt=0)
     """Steps between lines in the log."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     """Arithmetic of the network; weights stay fp32."""
     compile: bool = False
     """Compile the network (torch.compile): slower start, faster steps."""
