@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from latentdiff.config import load_yaml
+from latentdiff.config import load_config, load_yaml, save_yaml
 from latentdiff.errors import InputError
 from latentdiff.rng import keyed_normal
 from training import loop
@@ -259,6 +259,18 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path) -> None:
 
 
 # What is refused
+
+
+def test_no_mixed_precision_can_be_said_as_the_help_says_it(tmp_path: Path) -> None:
+    """YAML reads a bare no as false."""
+    file = tmp_path / "run.yaml"
+    save_yaml(config(tmp_path, mixed_precision="bf16"), file)
+    for value in ("no", "bf16"):
+        assert load_config(
+            RunConfig, ["--config", str(file), "--mixed_precision", value]
+        ) == config(tmp_path, mixed_precision=value)
+    with pytest.raises(InputError, match="mixed_precision: Input should be 'no', 'bf16'"):
+        load_config(RunConfig, ["--config", str(file), "--mixed_precision", "yes"])
 
 
 def test_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:
