@@ -93,7 +93,7 @@ class TextToImage:
             guidance_scale: w of Ho & Salimans (2022) in uncond + w * (cond - uncond). 1 turns
                 guidance off, and the negative prompt with it.
             sampler: a name in diffusion.samplers.SAMPLERS.
-            seed: from 0 to 2**63 - 1. Picture i of a call has seed + i; a list names one for each
+            seed: from 0 to 2**32 - 1. Picture i of a call has seed + i; a list names one for each
                 picture; None draws one from the operating system.
             num_images_per_prompt: pictures of the same prompt stand next to each other.
 

@@ -15,7 +15,8 @@ from latentdiff.errors import InputError
 MAX_PICTURES = 1024
 MAX_SIDE = 2048
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1
+"""Of more than 32 bits PyTorch's generator on the CPU reads the lower ones alone."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _texts(texts: Any, name: str) -> list[str]:
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
-        seed = secrets.randbits(32)
+        seed = secrets.randbits(31)
     if isinstance(seed, list | tuple):
         if len(seed) != count:
             raise InputError(f"There are {len(seed)} seeds for {count} pictures; give one each.")

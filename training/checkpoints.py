@@ -118,7 +118,8 @@ def _remove(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints that have a manifest, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    found = [path.parent for path in folder.glob(f"step-*/{MANIFEST}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load(

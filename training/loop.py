@@ -23,7 +23,7 @@ from training import checkpoints
 from training.ema import EMA
 
 Precision = Annotated[
-    Literal["no", "bf16", "fp16"],
+    Literal["no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads no as false
 ]
 
@@ -135,10 +135,16 @@ def check_compiler(config: RunConfig, device: torch.device) -> None:
 def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:
     """Train `program.network` to `config.max_steps`, from the newest checkpoint if there is one.
 
-    Raises InputError when the run directory belongs to another network or there is no compiler,
-    and FloatingPointError when the loss is no longer finite.
+    Raises InputError when the run directory belongs to another network, seed or batch size, when
+    the processes cannot share a batch evenly, and when there is no compiler; FloatingPointError
+    when the loss is no longer finite.
     """
     check_compiler(config, accelerator.device)
+    if config.batch_size % accelerator.num_processes:
+        raise InputError(
+            f"batch_size is {config.batch_size}, which {accelerator.num_processes} processes "
+            "cannot share evenly; choose a multiple of their number."
+        )
     model_dir = config.run_dir / "model"
     folder = config.run_dir / "checkpoints"
     network = program.network
@@ -147,7 +153,13 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
     ema = EMA(network, config.ema_decay)
     start = 0
     if saved := checkpoints.complete(folder):
-        start = checkpoints.load(saved[-1], network, ema, optimizer)["step"]
+        state = checkpoints.load(saved[-1], network, ema, optimizer)
+        start = state["step"]
+        if (state["seed"], state["samples"]) != (config.seed, start * config.batch_size):
+            raise InputError(
+                f"{saved[-1]} was made with another seed or batch_size, whose order of samples "
+                "would not continue; restore them or choose another run_dir."
+            )
     if start >= config.max_steps and model_dir.exists():
         accelerator.print(f"{config.run_dir} is finished: {model_dir}")
         return

@@ -99,10 +99,11 @@ def test_before_the_first_step_there_is_no_optimizer_state(tmp_path: Path) -> No
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     run = Run(0)
-    for step in (5, 10, 15, 100):
+    for step in (5, 10, 15, 100, 999_900, 1_000_000):
         run.save(tmp_path, step, keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["step-000015", "step-000100"]
-    assert [path.name for path in checkpoints.complete(tmp_path)] == sorted(os.listdir(tmp_path))
+    names = ["step-999900", "step-1000000"]
+    assert [path.name for path in checkpoints.complete(tmp_path)] == names
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 def test_without_its_manifest_it_is_no_checkpoint(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_no_mixed_precision_can_be_said_as_the_help_says_it(tmp_path: Path) -> N
         assert load_config(
             RunConfig, ["--config", str(file), "--mixed_precision", value]
         ) == config(tmp_path, mixed_precision=value)
-    with pytest.raises(InputError, match="mixed_precision: Input should be 'no', 'bf16'"):
+    with pytest.raises(InputError, match="mixed_precision: Input should be 'no' or 'bf16'"):
         load_config(RunConfig, ["--config", str(file), "--mixed_precision", "yes"])
 
 
@@ -278,6 +278,15 @@ def test_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:
     before = contents(last(tmp_path))
     with pytest.raises(InputError, match="another shape; choose another run_dir"):
         train(Denoising(config(tmp_path), width=6))
+    assert contents(last(tmp_path)) == before
+
+
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"batch_size": 8}])
+def test_another_order_of_samples_is_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    train(Denoising(config(tmp_path)))
+    before = contents(last(tmp_path))
+    with pytest.raises(InputError, match="another seed or batch_size"):
+        train(Denoising(config(tmp_path, max_steps=STEPS + 2, **changes)))
     assert contents(last(tmp_path)) == before
 
 
