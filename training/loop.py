@@ -210,6 +210,9 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
             state = {"seed": config.seed, "samples": done * config.batch_size}
             checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
+    # A gloo thread lets go of the last step's tensors under Python's lock. Let it do so now: the
+    # process group waits for it, with that lock in its hands, when this function ends.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(model_dir, ignore_errors=True)
         with ema.weights_in(network), torch.no_grad(), staged_directory(model_dir) as directory:
