@@ -77,7 +77,7 @@ def denoising_steps(
 ) -> tuple[Work, Work]:
     sample, timestep, text = inputs(config, 2, arguments.tokens)
     with torch.no_grad(), autocast(arguments):
-        projected = ours.project_text(text)
+        projected = ours.condition(text)
     our_forward, their_forward = ready(ours, arguments), ready(theirs, arguments)
 
     @torch.no_grad()

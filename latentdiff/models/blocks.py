@@ -19,23 +19,24 @@ KeysValues: TypeAlias = tuple[Tensor, Tensor]
 
 
 def timestep_embedding(timestep: Tensor, width: int, flip: bool, shift: float) -> Tensor:
-    """timestep [B] -> [B, width] of sines and cosines: Vaswani et al. (2017), section 3.5.
+    """timestep [...] -> [..., width] of sines and cosines: Vaswani et al. (2017), section 3.5.
 
     flip puts the cosines first; shift is taken from the divisor of the exponent.
     """
     half = width // 2
     indices = torch.arange(half, dtype=torch.float32, device=timestep.device)
     frequencies = torch.exp(-math.log(10_000) * indices / (half - shift))
-    angle = timestep.float()[:, None] * frequencies
+    angle = timestep.float()[..., None] * frequencies
     waves = (angle.cos(), angle.sin()) if flip else (angle.sin(), angle.cos())
     return torch.cat(waves, dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer perceptron over the sinusoidal embedding."""
+    """The two-layer perceptron over the sinusoidal embedding; cond_proj is the U-Net's to add."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, condition: int | None = None) -> None:
         super().__init__()
+        self.cond_proj = None if condition is None else nn.Linear(condition, width, bias=False)
         self.linear_1 = nn.Linear(width, out)
         self.linear_2 = nn.Linear(out, out)
 

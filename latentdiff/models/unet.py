@@ -6,6 +6,7 @@ Its parameters are named as those of diffusers' UNet2DConditionModel; its weight
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -27,7 +28,6 @@ from latentdiff.models.blocks import (
 )
 
 TextKeysValues: TypeAlias = list[KeysValues]
-"""The text's keys and values for each cross-attention, in the order of the forward pass."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -43,7 +43,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys of a config.json with one choice here. Other foreign keys must be off: null, false or 0."""
 
 UNUSED = {"addition_embed_type_num_heads", "upcast_attention"}
-"""Keys that change nothing here, whatever their value."""
+"""Keys that change nothing here, whatever their value: blocks.attend always upcasts its scores."""
 
 
 class UNetConfig(Config):
@@ -81,6 +81,14 @@ class UNetConfig(Config):
     """Shift of its frequencies' exponent."""
     downsample_padding: int = Field(default=1, ge=0, le=1)
     """Padding of the strided convolutions on all sides; 0 pads below and to the right only."""
+    addition_embed_type: Literal["text_time"] | None = None
+    """SDXL's conditioning on a pooled text embedding and on numbers such as the picture's size."""
+    addition_time_embed_dim: PositiveInt | None = None
+    """Width of the sinusoidal embedding of each of those numbers."""
+    projection_class_embeddings_input_dim: PositiveInt | None = None
+    """Width of the pooled embedding and the embedded numbers together."""
+    time_cond_proj_dim: PositiveInt | None = None
+    """Width of the embedded guidance scale, for models distilled with it (Luo et al. 2023)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UNetConfig:
@@ -96,6 +104,19 @@ class UNetConfig(Config):
                 raise ValueError(f"{name} names {len(value)} levels, block_out_channels {levels}")
         if self.block_out_channels[0] % 2:
             raise ValueError("the first of block_out_channels must be even: sines and cosines")
+        for name in ("addition_time_embed_dim", "time_cond_proj_dim"):
+            if (getattr(self, name) or 0) % 2:
+                raise ValueError(f"{name} must be even: sines and cosines")
+        additions = (
+            self.addition_embed_type,
+            self.addition_time_embed_dim,
+            self.projection_class_embeddings_input_dim,
+        )
+        if len({value is None for value in additions}) > 1:
+            raise ValueError(
+                "addition_embed_type, addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim come together or not at all"
+            )
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_num_groups or channels % heads:
                 raise ValueError(
@@ -139,6 +160,28 @@ class UNetConfig(Config):
     def to_diffusers(self) -> dict[str, Any]:
         """The values of a config.json that diffusers opens."""
         return {"_class_name": "UNet2DConditionModel", **self.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a prompt is to the U-Net; it depends on neither x nor t. Made by UNet.condition."""
+
+    text: list[KeysValues]
+    """Keys and values of each cross-attention, in the order of the forward pass."""
+    added: Tensor | None = None
+    """[B, T], added to the timestep embedding: SDXL's pooled text and sizes."""
+    extra: Tensor | None = None
+    """[B, C', h, w], further channels of the sample: an inpainting mask and masked latents."""
+    guidance: Tensor | None = None
+    """[B, C_0], added to the timestep's sines and cosines: a distilled guidance scale."""
+
+    def __getitem__(self, rows: slice) -> Conditioning:
+        """Some of the batch; views, no copies."""
+        added, extra, guidance = (
+            None if value is None else value[rows]
+            for value in (self.added, self.extra, self.guidance)
+        )
+        return Conditioning([(k[rows], v[rows]) for k, v in self.text], added, extra, guidance)
 
 
 class _Block(nn.Module):
@@ -233,14 +276,20 @@ class UpBlock(_Block):
 
 
 class UNet(nn.Module):
-    """F(x, t, text): a prediction of x's shape for each noised latent."""
+    """F(x, t, cond): a prediction of x's shape for each noised latent."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        time = 4 * widths[0]
+        self.time_embedding = TimestepEmbedding(widths[0], time, config.time_cond_proj_dim)
+        self.add_embedding = None
+        if config.projection_class_embeddings_input_dim is not None:
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, time
+            )
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(
@@ -254,12 +303,62 @@ class UNet(nn.Module):
         """Latents' sides should be multiples of this."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def project_text(self, embeddings: Tensor) -> TextKeysValues:
-        """Text embeddings [B, L, D] -> the keys and values of every cross-attention.
+    def condition(
+        self,
+        hidden: Tensor,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        extra: Tensor | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Everything about a prompt that depends on neither x nor t: once, not in each step.
 
-        They do not depend on x or t: compute them once per prompt, not once per step.
+        Args:
+            hidden: text embeddings [B, L, D].
+            pooled: text embedding [B, P] of SDXL models, and of them alone.
+            time_ids: their [B, 6] original height and width, top and left of the crop, target
+                height and width, in pixels; of refiners [B, 5]: the first four, aesthetic score.
+            extra: [B, C', h, w], concatenated to the scaled sample; inpainting models read the
+                mask, 1 where they paint, then the latents of the masked picture.
+            guidance_scale: w of models that were distilled with it, and of them alone.
+
+        Raises InputError for what the model needs and lacks, or has no use for.
         """
-        return [block.attn2.keys_values(embeddings) for block in self._transformer_blocks()]
+        return Conditioning(
+            [block.attn2.keys_values(hidden) for block in self._transformer_blocks()],
+            self._added(pooled, time_ids),
+            extra,
+            self._guidance(guidance_scale, hidden),
+        )
+
+    def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
+        """Podell et al. (2023), section 2.2: sizes are embedded as timesteps are."""
+        config = self.config
+        width, whole = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+        for name, value in (("pooled", pooled), ("time_ids", time_ids)):
+            _check_given(name, value, self.add_embedding)
+        if pooled is None or time_ids is None or self.add_embedding is None or width is None:
+            return None
+        if pooled.shape[1] + width * time_ids.shape[1] != whole:
+            raise InputError(
+                f"This U-Net takes pooled of width {whole} less {width} for each of time_ids; "
+                f"{pooled.shape[1]} and {time_ids.shape[1]} time_ids do not fit."
+            )
+        waves = timestep_embedding(time_ids, width, config.flip_sin_to_cos, config.freq_shift)
+        return self.add_embedding(torch.cat([pooled, waves.flatten(1).to(pooled.dtype)], dim=1))
+
+    def _guidance(self, guidance_scale: float | None, hidden: Tensor) -> Tensor | None:
+        """Luo et al. (2023), section 4.2: w counts from no guidance, so it is one less."""
+        projection, width = self.time_embedding.cond_proj, self.config.time_cond_proj_dim
+        _check_given("guidance_scale", guidance_scale, projection)
+        if guidance_scale is None or projection is None or width is None:
+            return None
+        w = torch.full(hidden.shape[:1], 1000 * (guidance_scale - 1), device=hidden.device)
+        return projection(timestep_embedding(w, width, flip=False, shift=1).to(hidden.dtype))
+
+    def project_text(self, embeddings: Tensor) -> TextKeysValues:
+        """The keys and values alone."""
+        return self.condition(embeddings).text
 
     def _transformer_blocks(self) -> Iterator[BasicTransformerBlock]:
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
@@ -267,25 +366,44 @@ class UNet(nn.Module):
                 if isinstance(module, BasicTransformerBlock):
                     yield module
 
-    def forward(self, sample: Tensor, timestep: Tensor, text: Tensor | TextKeysValues) -> Tensor:
+    def forward(
+        self, sample: Tensor, timestep: Tensor, cond: Tensor | Conditioning | TextKeysValues
+    ) -> Tensor:
         """Predict from noised latents.
 
         Args:
-            sample: [B, C_in, h, w], already scaled by c_in.
+            sample: [B, C, h, w], already scaled by c_in.
             timestep: [B], in the training schedule's steps, fractions allowed.
-            text: embeddings [B, L, D], or what project_text made of them.
+            cond: text embeddings [B, L, D] for models that need no more, or what condition made.
 
         Returns:
             [B, C_out, h, w].
+
+        Raises InputError when the sample's channels and the extra ones are not in_channels.
         """
         config = self.config
-        keys_values = iter(self.project_text(text) if isinstance(text, Tensor) else text)
+        if isinstance(cond, Tensor):
+            cond = self.condition(cond)
+        elif isinstance(cond, list):
+            cond = Conditioning(cond)
         waves = timestep_embedding(
             timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        )
-        time = F.silu(self.time_embedding(waves.to(sample.dtype)))
+        ).to(sample.dtype)
+        if cond.guidance is not None:
+            waves = waves + cond.guidance
+        time = self.time_embedding(waves)
+        if cond.added is not None:
+            time = time + cond.added
+        time = F.silu(time)
 
-        x = self.conv_in(sample)
+        x = sample if cond.extra is None else torch.cat([sample, cond.extra], dim=1)
+        if x.shape[1] != config.in_channels:
+            raise InputError(
+                f"The U-Net takes {config.in_channels} channels but was given {x.shape[1]}; "
+                "inpainting models need the mask and the masked latents besides."
+            )
+        x = self.conv_in(x)
+        keys_values = iter(cond.text)
         maps = [x]
         for down in self.down_blocks:
             maps += down(maps[-1], time, keys_values)
@@ -293,3 +411,8 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             x = up(x, maps, time, keys_values)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _check_given(name: str, value: object, taker: nn.Module | None) -> None:
+    if (value is None) != (taker is None):
+        raise InputError(f"This U-Net {'takes no' if taker is None else 'needs'} {name}.")

@@ -144,7 +144,7 @@ def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     sample, timestep, text = inputs(ours.config, *size)
     expected = theirs(sample, timestep, text).sample
     assert_equal(ours(sample, timestep, text), expected)
-    assert_equal(ours(sample, timestep, ours.project_text(text)), expected)
+    assert_equal(ours(sample, timestep, ours.condition(text)), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -189,11 +189,11 @@ def test_text_is_projected_once() -> None:
     for attention in attentions(ours):
         for layer in (attention.to_k, attention.to_v):
             layer.register_forward_hook(lambda layer, *_: calls.append(layer))
-    projected = ours.project_text(text)
-    assert len(calls) == len(set(calls)) == 2 * len(attentions(ours)) == 2 * len(projected)
+    projected = ours.condition(text)
+    assert len(calls) == len(set(calls)) == 2 * len(attentions(ours)) == 2 * len(projected.text)
     for _ in range(2):
         ours(sample, timestep, projected)
-    assert len(calls) == 2 * len(projected)
+    assert len(calls) == 2 * len(projected.text)
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def test_compiles_without_a_break() -> None:
     expected = ours(sample, timestep, text)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(sample, timestep, text), expected)
-    projected = ours.project_text(text)
+    projected = ours.condition(text)
     torch.testing.assert_close(compiled(sample, timestep, projected), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = ours(sample, timestep, text)
@@ -290,7 +290,6 @@ def test_has_stable_diffusions_parameters(values: dict[str, Any], parameters: in
     ("key", "value"),
     [
         ("act_fn", "gelu"),
-        ("addition_embed_type", "text_time"),
         ("center_input_sample", True),
         ("class_embed_type", "timestep"),
         ("conv_in_kernel", 1),
@@ -301,7 +300,7 @@ def test_has_stable_diffusions_parameters(values: dict[str, Any], parameters: in
         ("num_class_embeds", 10),
         ("only_cross_attention", [True, False]),
         ("resnet_time_scale_shift", "scale_shift"),
-        ("time_cond_proj_dim", 256),
+        ("encoder_hid_dim_type", "text_proj"),
         ("a_key_of_tomorrow", "yes"),
     ],
 )
@@ -324,6 +323,10 @@ def test_refuses_what_it_lacks(key: str, value: Any) -> None:
         ({"block_out_channels": [5, 10, 10, 10], "norm_num_groups": 5}, "must be even"),
         ({"cross_attention_dim": [768] * 4}, "cross_attention_dim"),
         ({"layers_per_block": [2, 2, 2, 2]}, "layers_per_block"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type: Input should be 'text_time'"),
+        ({"addition_embed_type": "text_time"}, "come together or not at all"),
+        ({"projection_class_embeddings_input_dim": 2816}, "come together or not at all"),
+        ({"time_cond_proj_dim": 255}, "time_cond_proj_dim must be even"),
     ],
 )
 def test_refuses_sizes_that_cannot_be(changed: dict[str, Any], message: str) -> None:
