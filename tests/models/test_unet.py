@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
+    LatentConsistencyModelPipeline,
+)
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentdiff.config import Config
 from latentdiff.errors import InputError
-from latentdiff.models.blocks import Attention, Transformer2DModel
+from latentdiff.models.blocks import Attention, Transformer2DModel, attend
 from latentdiff.models.unet import UNet, UNetConfig
 
 ATTENDING = {
@@ -95,6 +99,79 @@ SD_2_1: dict[str, Any] = SD_1_5 | {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
+SD_INPAINTING = SD_1_5 | {"in_channels": 9}
+LCM = SD_1_5 | {"time_cond_proj_dim": 256}
+SDXL: dict[str, Any] = SD_1_5 | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "attention_type": "default",
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SDXL_REFINER: dict[str, Any] = SDXL | {
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "cross_attention_dim": 1280,
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 2560,
+    "transformer_layers_per_block": 4,
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+}
+PUBLISHED = {
+    "SD 1.5": (SD_1_5, 859_520_964),
+    "SD 1.5 inpainting": (SD_INPAINTING, 859_535_364),
+    "SD 2.1": (SD_2_1, 865_910_724),
+    "SDXL base": (SDXL, 2_567_463_684),
+    "SDXL refiner": (SDXL_REFINER, 2_259_526_660),
+    "LCM": (LCM, 859_602_884),
+}
+"""Each family's config.json and number of parameters."""
+
+
+def narrow(published: dict[str, Any]) -> dict[str, Any]:
+    """Everything as it is but the widths; the heads keep their number."""
+    values = published | {"norm_num_groups": 4}
+    divisor = 8 if published["attention_head_dim"] == 8 else 16
+    values["block_out_channels"] = [width // divisor for width in values["block_out_channels"]]
+    for name in (
+        "cross_attention_dim",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+        "time_cond_proj_dim",
+    ):
+        if values.get(name) is not None:
+            values[name] //= 16
+    return values
 
 
 def randomize(network: nn.Module) -> None:
@@ -126,6 +203,25 @@ def inputs(config: UNetConfig, height: int = 8, width: int = 8) -> tuple[Tensor,
     return sample, torch.tensor([0.0, 421.37, 999.0]), text
 
 
+def further(config: UNetConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What SDXL and distilled models take besides, as ours is given it and as diffusers' is."""
+    generator = torch.Generator().manual_seed(2)
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    width, whole = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
+    if width is not None and whole is not None:
+        pooled = torch.randn(3, 5 * width, generator=generator)
+        time_ids = 1024 * torch.rand(3, whole // width - 5, generator=generator)
+        ours |= {"pooled": pooled, "time_ids": time_ids}
+        theirs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+    if config.time_cond_proj_dim is not None:
+        ours["guidance_scale"] = 7.5
+        theirs["timestep_cond"] = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+            None, torch.full((3,), 7.5 - 1), config.time_cond_proj_dim
+        )
+    return ours, theirs
+
+
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -147,17 +243,95 @@ def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     assert_equal(ours(sample, timestep, ours.condition(text)), expected)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_narrow_families_equal_diffusers(name: str) -> None:
+    ours, theirs = pair(narrow(PUBLISHED[name][0]))
+    sample, timestep, text = inputs(ours.config, 16, 24)
+    our_further, their_further = further(ours.config)
+    expected = theirs(sample, timestep, text, **their_further).sample
+    latents, extra = sample[:, :4], sample[:, 4:] if sample.shape[1] > 4 else None
+    cond = ours.condition(text, extra=extra, **our_further)
+    assert_equal(ours(latents, timestep, cond), expected)
+    assert_equal(ours(latents[1:], timestep[1:], cond[1:]), expected[1:])
+
+
+def test_slices_of_the_conditioning_are_views() -> None:
+    ours, _ = pair(narrow(LCM | SDXL_REFINER | {"time_cond_proj_dim": 256}))
+    _, _, text = inputs(ours.config)
+    cond = ours.condition(text, extra=torch.randn(3, 5, 8, 8), **further(ours.config)[0])
+    whole, part = (
+        [*(t for pair in c.text for t in pair), c.added, c.extra, c.guidance]
+        for c in (cond, cond[1:])
+    )
+    assert len(whole) == len(part) == 2 * len(attentions(ours)) + 3
+    for one, other in zip(whole, part, strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(other, one[1:], atol=0, rtol=0)
+        assert other.data_ptr() == one[1:].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("published", "given", "message"),
+    [
+        (SDXL, {}, "needs pooled"),
+        (SDXL, {"pooled": torch.ones(3, 80)}, "needs time_ids"),
+        (SDXL, {"time_ids": torch.ones(3, 6)}, "needs pooled"),
+        (SDXL, {"pooled": torch.ones(3, 80), "time_ids": torch.ones(3, 5)}, "80 and 5 time_ids"),
+        (SDXL, {"pooled": torch.ones(3, 64), "time_ids": torch.ones(3, 6)}, "64 and 6 time_ids"),
+        (SD_1_5, {"pooled": torch.ones(3, 80)}, "takes no pooled"),
+        (SD_1_5, {"time_ids": torch.ones(3, 6)}, "takes no time_ids"),
+        (SD_1_5, {"guidance_scale": 7.5}, "takes no guidance_scale"),
+        (LCM, {}, "needs guidance_scale"),
+    ],
+)
+def test_refuses_conditions_it_lacks_or_has_no_use_for(
+    published: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    ours = UNet(UNetConfig.from_diffusers(narrow(published)))
+    with pytest.raises(InputError, match=message):
+        ours.condition(torch.zeros(3, 5, ours.config.cross_attention_dim), **given)
+
+
+@pytest.mark.parametrize(("published", "extra"), [(SD_INPAINTING, None), (SD_1_5, 5)])
+def test_refuses_channels_that_are_not_its_own(
+    published: dict[str, Any], extra: int | None
+) -> None:
+    ours = UNet(UNetConfig.from_diffusers(narrow(published)))
+    text = torch.zeros(1, 5, ours.config.cross_attention_dim)
+    cond = ours.condition(text, extra=None if extra is None else torch.zeros(1, extra, 8, 8))
+    with pytest.raises(InputError, match="inpainting models need the mask"):
+        ours(torch.zeros(1, 4, 8, 8), torch.zeros(1), cond)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+def test_attention_scores_may_exceed_half_precision(backend: SDPBackend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (x * torch.randn(2, 3, 16, 64, generator=generator).half() for x in (150, 150, 1))
+    assert (q @ k.transpose(-1, -2)).isinf().any()
+    assert (q * 64**-0.5 @ k.transpose(-1, -2)).isinf().any()
+    scores = q.double() @ k.double().transpose(-1, -2) / 8
+    expected = scores.softmax(-1) @ v.double()
+    with sdpa_kernel(backend):
+        torch.testing.assert_close(attend(q, k, v).double(), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *PUBLISHED])
 @torch.no_grad()
 def test_diffusers_opens_ours(name: str) -> None:
-    config = UNetConfig(**CONFIGS[name])
+    config = UNetConfig.from_diffusers(
+        CONFIGS[name] if name in CONFIGS else narrow(PUBLISHED[name][0])
+    )
     ours = UNet(config)
     randomize(ours)
     theirs = UNet2DConditionModel.from_config(json.loads(json.dumps(config.to_diffusers())))
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert UNetConfig.from_diffusers(dict(theirs.config)) == config
     sample, timestep, text = inputs(config)
-    assert_equal(ours(sample, timestep, text), theirs(sample, timestep, text).sample)
+    our_further, their_further = further(config)
+    found = ours(sample, timestep, ours.condition(text, **our_further))
+    assert_equal(found, theirs(sample, timestep, text, **their_further).sample)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -273,17 +447,16 @@ def test_runs_in_bfloat16() -> None:
     torch.testing.assert_close(output, expected, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("values", "parameters"), [(SD_1_5, 859_520_964), (SD_2_1, 865_910_724)], ids=["1.5", "2.1"]
-)
-def test_has_stable_diffusions_parameters(values: dict[str, Any], parameters: int) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_has_the_published_parameters(name: str) -> None:
+    values, parameters = PUBLISHED[name]
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_diffusers(values))
         theirs = UNet2DConditionModel.from_config(values)
     shapes = {name: value.shape for name, value in ours.state_dict().items()}
     assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
-    assert ours.downsampling == 8
+    assert ours.downsampling == (4 if name == "SDXL base" else 8)
 
 
 @pytest.mark.parametrize(
