@@ -10,6 +10,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch.distributions import Normal, kl_divergence
 
+from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 
 SCALES = pytest.mark.parametrize(
@@ -137,3 +138,99 @@ def test_standardized_latents_have_mean_0_and_variance_1(
     torch.testing.assert_close(
         after(images, noise)[0], before(images, noise)[0], atol=1e-5, rtol=1e-4
     )
+
+
+STRIPS = pytest.mark.parametrize("tile", [1, 2, 3, 5, 100])
+
+
+@STRIPS
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_strips_decode_to_the_same_picture(tile: int, channels_last: bool) -> None:
+    autoencoder, latents = make(0.18215), random(2, 3, 5, 4)
+    if channels_last:
+        autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        latents = latents.contiguous(memory_format=torch.channels_last)
+    kept = latents.clone()
+    picture = autoencoder.decode(latents, tile=tile)
+    torch.testing.assert_close(picture, autoencoder.decode(latents), atol=1e-5, rtol=1e-5)
+    assert latents.equal(kept)
+
+
+@STRIPS
+@pytest.mark.parametrize("size", [(20, 16), (22, 19)])
+def test_strips_encode_to_the_same_latents(tile: int, size: tuple[int, int]) -> None:
+    autoencoder, images = make(0.18215), random(2, 3, *size).clamp(-1, 1)
+    kept = images.clone()
+    posterior, whole = autoencoder.encode(images, tile=tile), autoencoder.encode(images)
+    torch.testing.assert_close(posterior.mean, whole.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(posterior.logvar, whole.logvar, atol=1e-5, rtol=1e-5)
+    assert images.equal(kept)
+
+
+@pytest.mark.parametrize("tile", [0, -1])
+def test_a_strip_has_a_row(tile: int) -> None:
+    with pytest.raises(InputError, match="must be a number of rows"):
+        make().decode(random(1, 3, 4, 4), tile=tile)
+
+
+def test_a_vae_with_attention_at_every_level_has_no_strips() -> None:
+    vae = AutoencoderKL(
+        down_block_types=("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+    )
+    with pytest.raises(InputError, match="AttnUpDecoderBlock2D cannot run in strips"):
+        Autoencoder(vae).decode(random(1, 4, 4, 4), tile=2)
+    with pytest.raises(InputError, match="AttnDownEncoderBlock2D cannot run in strips"):
+        Autoencoder(vae).encode(random(1, 3, 4, 4), tile=2)
+
+
+def overflowing(force_upcast: bool) -> Autoencoder:
+    """fp16 weights whose convolutions leave fp16's range before a normalization brings it back."""
+    autoencoder = make(0.18215)
+    vae = autoencoder.vae
+    vae.register_to_config(force_upcast=force_upcast)
+    for convolution in (vae.encoder.conv_in, vae.decoder.conv_in):
+        convolution.weight.mul_(3e5)
+        convolution.bias.mul_(3e5)
+    for block in (vae.encoder.mid_block, vae.decoder.mid_block):
+        for resnet in block.resnets:
+            resnet.conv2.weight.mul_(1e2)
+    return autoencoder.half()
+
+
+@pytest.mark.parametrize("tile", [None, 2])
+def test_fp16_weights_that_overflow_compute_in_fp32(tile: int | None) -> None:
+    autoencoder = overflowing(force_upcast=True)
+    assert autoencoder.upcast
+    latents = random(2, 3, 5, 4)
+    picture = autoencoder.decode(latents, tile)
+    posterior = autoencoder.encode(IMAGES, tile)
+
+    assert {weight.dtype for weight in autoencoder.parameters()} == {torch.float16}
+    precise = copy.deepcopy(autoencoder).float()
+    assert not precise.upcast
+    assert picture.dtype == torch.float32
+    assert picture.isfinite().all()
+    torch.testing.assert_close(picture, precise.decode(latents, tile))
+    torch.testing.assert_close(posterior.mean, precise.encode(IMAGES, tile).mean)
+
+
+def test_without_force_upcast_fp16_stays_fp16() -> None:
+    autoencoder = overflowing(force_upcast=False)
+    assert not autoencoder.upcast
+    picture = autoencoder.decode(random(1, 3, 5, 4))
+    assert picture.dtype == torch.float16
+    assert not picture.isfinite().all()
+
+
+@pytest.mark.parametrize("tile", [None, 2])
+def test_bfloat16_has_the_range_and_is_left_alone(tile: int | None) -> None:
+    autoencoder = make().to(torch.bfloat16)
+    autoencoder.vae.register_to_config(force_upcast=True)
+    assert not autoencoder.upcast
+    latents = random(1, 3, 5, 4)
+    picture = autoencoder.decode(latents, tile)
+    assert picture.dtype == torch.bfloat16
+    torch.testing.assert_close(picture.float(), make().decode(latents), atol=0.05, rtol=0.05)
