@@ -29,8 +29,8 @@ MODEL_TYPES = (CLIP, "t5", "bert", "gpt2")
 MAX_LENGTH = 4096
 """Tokenizers that were not told a length name an enormous one."""
 LEGACY_END = 2
-"""Older CLIP configs, SDXL's among them, wrongly name this as the end token; transformers then pools
-at the largest id of each text, which is the end token's."""
+"""Older CLIP configs, SDXL's among them, wrongly name this as the end token; transformers then
+pools at the largest id of each text, which is the end token's."""
 
 
 @dataclass(frozen=True)
