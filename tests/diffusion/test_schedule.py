@@ -7,17 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from latentdiff.diffusion.schedule import Schedule, Spacing
+from latentdiff.diffusion.schedule import Schedule, Spacing, TimestepSpacing
+from latentdiff.errors import InputError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 SCHEDULE = Schedule.scaled_linear(0.00085, 0.012, 1000)
-SPACINGS: tuple[Spacing, ...] = ("trailing", "leading", "linspace")
+SPACINGS: tuple[TimestepSpacing, ...] = ("trailing", "leading", "linspace")
+CONTINUOUS: tuple[Spacing, ...] = ("karras", "exponential")
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
@@ -31,6 +39,58 @@ def test_alphas_cumprod_are_those_of_diffusers(
     ours = make(betas["beta_start"], betas["beta_end"], length)
     assert len(ours) == length
     assert_close(ours.alphas_cumprod.float(), theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1000, 50])
+def test_squared_cosine_is_diffusers_squaredcos_cap_v2(length: int) -> None:
+    """All of it: the last is 2.4e-9 for 1000 timesteps."""
+    theirs = DDPMScheduler(num_train_timesteps=length, beta_schedule="squaredcos_cap_v2")
+    ours = Schedule.squared_cosine(length).alphas_cumprod.float()
+    assert_close(ours, theirs.alphas_cumprod, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("betas", [SD, DDPM], ids=["scaled_linear", "linear"])
+def test_zero_terminal_snr_is_diffusers_rescaling(betas: dict[str, Any]) -> None:
+    """Algorithm 1 of Lin et al. (2023), which diffusers computes on betas in fp32."""
+    theirs = DDIMScheduler(**betas, rescale_betas_zero_snr=True).alphas_cumprod
+    make = getattr(Schedule, betas["beta_schedule"])
+    plain = make(betas["beta_start"], betas["beta_end"], 1000)
+    ours = plain.zero_terminal_snr()
+    assert_close(ours.alphas_cumprod.float()[:-1], theirs[:-1], rtol=1e-3, atol=0)
+    assert_close(ours.alphas_cumprod[0], plain.alphas_cumprod[0])
+    assert_close(ours.alphas_cumprod[-1].item(), 1e-9)
+    assert len(plain.alphas_cumprod) == len(ours) == 1000
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_flow_is_diffusers_flow_matching(shift: float) -> None:
+    """Its sigma is our t, sigma / (1 + sigma); its last is 1, ours 0.99997."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = Schedule.flow(shift, 1000).sigmas
+    times = sigmas / (1 + sigmas)
+    assert_close(times.flip(0), theirs.sigmas, rtol=0, atol=4e-5)
+    assert_close(times.flip(0)[1:], theirs.sigmas[1:], rtol=1e-5, atol=0)
+    assert sigmas.isfinite().all()
+
+
+def test_a_flow_is_sampled_at_the_shift_of_even_times() -> None:
+    """Esser et al. (2024), equation 23, as diffusers shifts the times that it is given."""
+    even = torch.arange(20, 0, -1) / 20
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=even.tolist())
+    sigmas = Schedule.flow(3.0, 1000).sampling_sigmas(20)
+    assert_close((sigmas / (1 + sigmas))[1:], theirs.sigmas[1:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "alphas_cumprod",
+    [[0.9, 0.5, 0.5], [0.5, 0.9], [0.9, 1e-10, 0.0]],
+    ids=["twice", "rising", "nothing left before the last"],
+)
+def test_what_does_not_fall_is_no_schedule(alphas_cumprod: list[float]) -> None:
+    """Two timesteps of one sigma would leave timestep() nothing to divide by."""
+    with pytest.raises(InputError, match="must fall at each timestep"):
+        Schedule(torch.tensor(alphas_cumprod))
 
 
 def test_sigma_is_the_noise_over_the_signal() -> None:
@@ -54,7 +114,7 @@ def test_zero_terminal_snr_stays_finite() -> None:
     assert sigmas.isfinite().all()
     assert (sigmas.diff() > 0).all()
     assert_close(sigmas[:-1], torch.sqrt((1 - theirs) / theirs)[:-1])
-    assert_close(sigmas[-1], torch.tensor(1e4))
+    assert_close(sigmas[-1], torch.tensor(31622.8))
 
 
 @settings(deadline=None)
@@ -108,13 +168,13 @@ def test_sigmas_beyond_the_schedule_get_its_ends() -> None:
         ("linspace", [1, 112, 223, 334, 445, 556, 667, 778, 889, 1000]),
     ],
 )
-def test_table_2_of_lin_et_al(spacing: Spacing, expected: list[int]) -> None:
+def test_table_2_of_lin_et_al(spacing: TimestepSpacing, expected: list[int]) -> None:
     """T = 1000, S = 10; the paper counts timesteps from 1."""
     timesteps = SCHEDULE.sampling_timesteps(10, spacing)
     assert (timesteps.flip(0) + 1).tolist() == expected
 
 
-def exact_timesteps(count: int, spacing: Spacing) -> list[Fraction]:
+def exact_timesteps(count: int, spacing: TimestepSpacing) -> list[Fraction]:
     """What the three spacings mean before they are rounded."""
     if spacing == "trailing":
         return [1000 - Fraction(1000 * step, count) - 1 for step in range(count)]
@@ -125,7 +185,9 @@ def exact_timesteps(count: int, spacing: Spacing) -> list[Fraction]:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-def test_sampling_timesteps_are_those_of_diffusers(scheduler: type[Any], spacing: Spacing) -> None:
+def test_sampling_timesteps_are_those_of_diffusers(
+    scheduler: type[Any], spacing: TimestepSpacing
+) -> None:
     """Every number of steps up to 120, among them both of what follows.
 
     Two things of diffusers are not copied. Its "trailing" counts down in floating point and for
@@ -172,15 +234,41 @@ def test_linspace_sigmas_are_those_of_diffusers_where_timesteps_are_whole(count:
     assert_close(ours, theirs.sigmas, rtol=3e-5, atol=0)
 
 
+@pytest.mark.parametrize("spacing", CONTINUOUS)
+@pytest.mark.parametrize("count", [1, 2, 10, 37])
+def test_continuous_spacings_are_those_of_diffusers(spacing: Spacing, count: int) -> None:
+    """Over the whole schedule, as its DPM-Solver and k-diffusion have it.
+
+    diffusers' Euler goes from the first to the last sigma of its timestep_spacing, which are the
+    whole schedule's for "linspace" from two steps on.
+    """
+    option = {f"use_{spacing}_sigmas": True}
+    solver = DPMSolverMultistepScheduler(**SD, **option, final_sigmas_type="zero")
+    euler = EulerDiscreteScheduler(**SD, **option, timestep_spacing="linspace")
+    ours = SCHEDULE.sampling_sigmas(count, spacing)
+    for theirs in (solver, euler) if count > 1 else (solver,):
+        theirs.set_timesteps(count)
+        assert_close(ours, theirs.sigmas, rtol=3e-5, atol=0)
+
+
+def test_karras_sigmas_are_equation_5_of_the_paper() -> None:
+    """Its own range, 80 to 0.002, and rho = 7, from the schedule that has these ends."""
+    ends = torch.tensor([0.002, 80.0], dtype=torch.float64)
+    schedule = Schedule(1 / (1 + ends**2))
+    step = torch.arange(18, dtype=torch.float64)
+    expected = (80 ** (1 / 7) + step / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert_close(schedule.sampling_sigmas(18, "karras")[:-1], expected.float())
+
+
 @settings(deadline=None)
-@given(st.integers(1, 1000), st.sampled_from(SPACINGS), st.integers(0, 1))
+@given(st.integers(1, 1000), st.sampled_from([*SPACINGS, *CONTINUOUS]), st.integers(0, 1))
 def test_sampling_sigmas_descend_to_zero(count: int, spacing: Spacing, offset: int) -> None:
     """No level twice: a multistep sampler divides by the step between two levels."""
     sigmas = SCHEDULE.sampling_sigmas(count, spacing, offset)
     assert sigmas.shape == (count + 1,)
     assert (sigmas.diff() < 0).all()
     assert sigmas[-1] == 0
-    assert sigmas[0] <= SCHEDULE.sigmas[-1]
+    assert sigmas[0] <= SCHEDULE.sigmas[-1] * (1 + 1e-6)
 
 
 def test_the_offset_gives_way_where_it_leaves_the_schedule() -> None:
