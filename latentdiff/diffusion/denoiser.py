@@ -22,8 +22,8 @@ def like(values: Tensor, x: Tensor) -> Tensor:
 class Denoiser:
     """An estimate of E[x0 | x = x0 + sigma * noise] made from a trained network.
 
-    network: (scaled x [B, C, h, w], timestep [B], cond) -> F [B, C, h, w]. A plain object: the
-    network's parameters keep their own names.
+    network: (scaled x [B, C, h, w], timestep [B], cond) -> F [B, C, h, w], where timestep is the
+    parameterization's c_noise. A plain object: the network's parameters keep their own names.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Denoiser:
         return c_skip * x + c_out * self.network_output(x, sigma, cond)
 
     def network_output(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        """F(c_in x, c_noise, cond) in x's dtype; c_noise is the timestep of sigma."""
+        """F(c_in x, c_noise, cond) in x's dtype."""
         c_in = like(self.parameterization.c_in(sigma), x)
-        return self.network(c_in * x, self.schedule.timestep(sigma), cond).to(x.dtype)
+        c_noise = self.parameterization.c_noise or self.schedule.timestep
+        return self.network(c_in * x, c_noise(sigma), cond).to(x.dtype)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.diffusion.parameterization import PARAMETERIZATIONS
+from latentdiff.diffusion.parameterization import PARAMETERIZATIONS, edm
 from latentdiff.diffusion.schedule import Schedule
 
 SCHEDULE = Schedule.scaled_linear(0.00085, 0.012, 1000)
-names = pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
+names = pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
 
 
 def gaussian_network(name: str, mean: float, std: float) -> Any:
@@ -31,7 +31,7 @@ def gaussian_network(name: str, mean: float, std: float) -> Any:
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         slope = (x_t - a * mean) / (a**2 * std**2 + b**2)
         noise, x0 = b * slope, mean + a * std**2 * slope
-        return noise if name == "epsilon" else a * noise - b * x0
+        return {"epsilon": noise, "sample": x0, "v_prediction": a * noise - b * x0}[name]
 
     return network
 
@@ -46,6 +46,35 @@ def test_the_best_network_gives_the_posterior_mean(name: str) -> None:
     level = sigma[:, None, None, None]
     expected = (std**2 * x + level**2 * mean) / (std**2 + level**2)
     assert_close(denoise(x, sigma, None), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_flow_s_best_network_gives_the_posterior_mean() -> None:
+    """E[noise - x0 | (1 - t) x0 + t noise] with t from the timestep, whatever the schedule."""
+    mean, std = 0.7, 0.4
+
+    def network(x_t: Tensor, timestep: Tensor, cond: Any) -> Tensor:
+        t = timestep[:, None, None, None] / 1000
+        slope = (x_t - (1 - t) * mean) / ((1 - t) ** 2 * std**2 + t**2)
+        return t * slope - (mean + (1 - t) * std**2 * slope)
+
+    sigma = torch.tensor([1e-3, 0.5, 3.0, 3.2e4], dtype=torch.float64)
+    x = (1 + sigma[:, None, None, None]) * torch.linspace(-2, 2, 5, dtype=torch.float64)
+    denoise = Denoiser(network, SCHEDULE, PARAMETERIZATIONS["flow_prediction"])
+    level = sigma[:, None, None, None]
+    expected = (std**2 * x + level**2 * mean) / (std**2 + level**2)
+    assert_close(denoise(x, sigma, None), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_an_edm_network_is_told_a_quarter_of_log_sigma() -> None:
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, timestep: Tensor, cond: Any) -> Tensor:
+        seen.append(timestep)
+        return x
+
+    sigma = torch.tensor([0.002, 1.0, 80.0])
+    Denoiser(network, SCHEDULE, edm())(torch.ones(3, 1, 2, 2), sigma, None)
+    assert_close(seen[0], sigma.log() / 4)
 
 
 @names
@@ -83,6 +112,6 @@ def test_a_half_precision_network_leaves_x_s_dtype(name: str) -> None:
     )
     x = torch.full((1, 1, 2, 2), 1.2345678)
     sigma = torch.tensor([0.5])
-    kept = {"epsilon": 1.0, "v_prediction": 0.8}[name]
+    kept = {"epsilon": 1.0, "v_prediction": 0.8, "sample": 0.0}[name]
     assert_close(denoise(x, sigma, None), kept * x)
     assert denoise.network_output(x, sigma, None).dtype == torch.float32

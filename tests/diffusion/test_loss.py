@@ -13,14 +13,15 @@ from torch.testing import assert_close
 
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
-from latentdiff.diffusion.parameterization import PARAMETERIZATIONS
+from latentdiff.diffusion.parameterization import PARAMETERIZATIONS, edm
 from latentdiff.diffusion.schedule import Schedule
 
 DDPM = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = Schedule(DDPM.alphas_cumprod)
 TIMESTEPS = torch.tensor([0, 120, 500, 999])
 SIGMA = SCHEDULE.sigmas[TIMESTEPS]
-names = pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
+NAMES = ["epsilon", "v_prediction", "sample", "flow_prediction"]
+names = pytest.mark.parametrize("name", NAMES)
 
 
 def draw(number: int) -> Tensor:
@@ -37,6 +38,13 @@ def network(x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
 def loss(name: str, weighting: Any = uniform, net: Any = network) -> Tensor:
     denoiser = Denoiser(net, SCHEDULE, PARAMETERIZATIONS[name])
     return diffusion_loss(denoiser, X0, SIGMA, NOISE, COND, weighting)
+
+
+def exact_output(name: str) -> Tensor:
+    """What each paper says the network predicts."""
+    velocity = DDPM.get_velocity(X0, NOISE, TIMESTEPS)
+    flow = NOISE - X0
+    return dict(zip(NAMES, (NOISE, velocity, X0, flow), strict=True))[name]
 
 
 def test_epsilon_is_algorithm_1_of_ho_et_al() -> None:
@@ -57,16 +65,68 @@ def test_v_is_the_error_of_the_velocity() -> None:
     assert_close(loss("v_prediction"), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sample_is_the_error_of_x0() -> None:
+    predicted = network(DDPM.add_noise(X0, NOISE, TIMESTEPS), TIMESTEPS.float(), COND)
+    expected = (X0 - predicted).square().mean(dim=(1, 2, 3))
+    assert_close(loss("sample"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flow_is_conditional_flow_matching() -> None:
+    """|| noise - x0 - F((1 - t) x0 + t noise, 1000 t) ||^2: Esser et al. (2024), section 2."""
+    t = (SIGMA / (1 + SIGMA))[:, None, None, None]
+    predicted = network((1 - t) * X0 + t * NOISE, 1000 * t.flatten(), COND)
+    expected = (NOISE - X0 - predicted).square().mean(dim=(1, 2, 3))
+    assert_close(loss("flow_prediction"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_is_karras_s_weighted_error_of_the_denoised(sigma_data: float) -> None:
+    """Karras et al. (2022), equation 2 with lambda(sigma) of table 1, which is 1 / c_out^2."""
+    denoiser = Denoiser(network, SCHEDULE, edm(sigma_data))
+    level = SIGMA[:, None, None, None]
+    error = (denoiser(X0 + level * NOISE, SIGMA, COND) - X0).square().mean(dim=(1, 2, 3))
+    weight = (SIGMA**2 + sigma_data**2) / (SIGMA * sigma_data) ** 2
+    ours = diffusion_loss(denoiser, X0, SIGMA, NOISE, COND)
+    assert_close(ours, weight * error, rtol=1e-3, atol=1e-4)
+
+
+@names
+def test_zero_terminal_snr_is_as_finite_as_any(name: str) -> None:
+    """At T of Lin et al.'s schedule, sigma = 3.2e4: the target is what the paper says,
+    and min-SNR's weight of the error of x0 is the SNR, 1e-9.
+    """
+    schedule = SCHEDULE.zero_terminal_snr()
+    sigma = schedule.sigmas[[999]].expand(4)
+    denoiser = Denoiser(network, schedule, PARAMETERIZATIONS[name])
+    t = sigma[0].item() / (1 + sigma[0].item())
+    seen = (1 - t) * X0 + t * NOISE if name == "flow_prediction" else 1e-9**0.5 * X0 + NOISE
+    told = torch.full((4,), 1000 * t if name == "flow_prediction" else 999.0)
+    target = {"epsilon": NOISE, "sample": X0, "flow_prediction": NOISE - X0}.get(name, -X0)
+    expected = (target - network(seen, told, COND)).square().mean(dim=(1, 2, 3))
+    plain = diffusion_loss(denoiser, X0, sigma, NOISE, COND)
+    assert_close(plain, expected, rtol=1e-3, atol=1e-3)
+    weighted = diffusion_loss(denoiser, X0, sigma, NOISE, COND, min_snr(5.0))
+    weight = 1.0 if name == "epsilon" else 1e-9
+    assert_close(weighted, weight * plain, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @names
 def test_min_snr_weights(name: str, gamma: float) -> None:
     """Hang et al. (2023), section 3.4; the SNR is diffusers' compute_snr.
 
-    Among the timesteps are SNRs on both sides of gamma.
+    The error of x0 is c_out times that of F, sigma / (1 + sigma) for a flow. Among the timesteps
+    are SNRs on both sides of gamma.
     """
     snr = compute_snr(DDPM, TIMESTEPS)
     assert snr.min() < gamma < snr.max()
-    weight = snr.clamp(max=gamma) / (snr if name == "epsilon" else snr + 1)
+    error_of_x0 = {
+        "epsilon": 1 / snr,
+        "v_prediction": 1 / (snr + 1),
+        "sample": torch.ones(4),
+        "flow_prediction": 1 / (snr.sqrt() + 1) ** 2,
+    }
+    weight = snr.clamp(max=gamma) * error_of_x0[name]
     assert_close(loss(name, min_snr(gamma)), weight * loss(name), rtol=1e-4, atol=1e-7)
 
 
@@ -82,9 +142,7 @@ def test_a_huge_gamma_weighs_the_error_of_x0_by_the_snr(name: str) -> None:
 @names
 def test_a_network_that_knows_the_answer_has_no_loss(name: str) -> None:
     """However large the weight; and one that is off by 1 everywhere has loss 1."""
-    alpha_bar = DDPM.alphas_cumprod[TIMESTEPS][:, None, None, None]
-    velocity = alpha_bar.sqrt() * NOISE - (1 - alpha_bar).sqrt() * X0
-    answer = NOISE if name == "epsilon" else velocity
+    answer = exact_output(name)
     assert_close(loss(name, min_snr(5.0), lambda *_: answer), torch.zeros(4), rtol=0, atol=1e-7)
     assert_close(loss(name, uniform, lambda *_: answer + 1), torch.ones(4), rtol=1e-3, atol=0)
 
@@ -137,6 +195,9 @@ def test_gradients_are_those_of_the_mean_squared_error(name: str) -> None:
     """Of the target nothing depends on the network, and nothing is detached from it."""
     bias = torch.zeros((), requires_grad=True)
     loss(name, uniform, lambda *inputs: network(*inputs) + bias).sum().backward()
-    output = network(DDPM.add_noise(X0, NOISE, TIMESTEPS), TIMESTEPS.float(), COND)
-    target = NOISE if name == "epsilon" else DDPM.get_velocity(X0, NOISE, TIMESTEPS)
+    x_t, timestep = DDPM.add_noise(X0, NOISE, TIMESTEPS), TIMESTEPS.float()
+    if name == "flow_prediction":
+        t = SIGMA / (1 + SIGMA)
+        x_t, timestep = torch.lerp(X0, NOISE, t[:, None, None, None]), 1000 * t
+    output, target = network(x_t, timestep, COND), exact_output(name)
     assert_close(bias.grad, 2 * (output - target).mean(dim=(1, 2, 3)).sum(), rtol=1e-3, atol=1e-4)
