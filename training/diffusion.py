@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from pydantic import Field
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.checkpoint import ModelParts, load_model, save_model
@@ -24,7 +25,7 @@ from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder, Posterior
-from latentdiff.models.blocks import ResnetBlock2D, Transformer2DModel
+from latentdiff.models.blocks import BasicTransformerBlock
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import TextToImage
@@ -162,7 +163,7 @@ def assemble(config: DiffusionConfig) -> ModelParts:
             )
     with seeded(config.seed):
         unet = UNet(config.unet)
-        close_branches(unet)
+        open_to_text(unet)
     if config.init_from is not None:
         try:
             unet.load_state_dict(load_model(config.init_from).unet.state_dict())
@@ -175,14 +176,22 @@ def assemble(config: DiffusionConfig) -> ModelParts:
     return ModelParts(unet, autoencoder, text_encoder, config.scheduler, vocabulary)
 
 
+TEXT_GAIN = 2.0
+"""Gain of the values and outputs of cross-attention at the start."""
+
+
 @torch.no_grad()
-def close_branches(unet: UNet) -> None:
-    """Start every residual branch, and the prediction, at zero: Dhariwal & Nichol (2021)."""
+def open_to_text(unet: UNet) -> None:
+    """Initial weights: PyTorch's, but the prediction zero and cross-attention orthogonal and loud.
+
+    At first attention averages over all tokens, and what is left of one caption's difference from
+    another is small beside the features it is added to. Louder, it is learned from in half the
+    steps; so it is with residual branches that do not start at zero.
+    """
     for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.conv2.weight.zero_()
-        elif isinstance(module, Transformer2DModel):
-            module.proj_out.weight.zero_()
+        if isinstance(module, BasicTransformerBlock):
+            nn.init.orthogonal_(module.attn2.to_v.weight, TEXT_GAIN)
+            nn.init.orthogonal_(module.attn2.to_out[0].weight, TEXT_GAIN)
     unet.conv_out.weight.zero_()
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from latentdiff.checkpoint import load_model
 from latentdiff.data.cache import LatentCache
 from latentdiff.errors import InputError
-from latentdiff.models.blocks import ResnetBlock2D, Transformer2DModel
+from latentdiff.models.blocks import BasicTransformerBlock
 from latentdiff.rng import keyed_normal, keyed_uniform
+from training.diffusion import TEXT_GAIN
 from training.loop import seeded
 
 CPU = torch.device("cpu")
@@ -183,10 +184,10 @@ def test_it_starts_from_zero_and_by_the_seed(tiny_chain: Any) -> None:
         zero = first(x, torch.tensor([500.0]), text) - first.conv_out.bias[:, None, None]
     assert not zero.any()
     for module in first.modules():
-        if isinstance(module, ResnetBlock2D):
-            assert not module.conv2.weight.any()
-        if isinstance(module, Transformer2DModel):
-            assert not module.proj_out.weight.any()
+        if isinstance(module, BasicTransformerBlock):
+            values = module.attn2.to_v.weight
+            singular = torch.linalg.svdvals(values)
+            torch.testing.assert_close(singular, torch.full_like(singular, TEXT_GAIN))
 
 
 def test_it_can_start_from_a_finished_model(tiny_chain: Any, tmp_path: Path) -> None:
