@@ -1,0 +1,263 @@
+"""What makes one picture again: a Recipe, as JSON and in the PNG that it belongs to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+
+from latentdiff import __version__
+from latentdiff.config import Config, parse
+from latentdiff.errors import InputError
+from latentdiff.request import MAX_PROMPT_CHARACTERS, MAX_SEED
+
+FORMAT = 1
+"""Of recipes; a key that is added has a default and needs no new one."""
+MAX_TEXT_BYTES = 1 << 20
+WEIGHTS_AND_CONFIGS = (".safetensors", ".json")
+
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Name = Annotated[str, Field(max_length=1024)]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{10,64}$")]
+"""A SHA-256 in hexadecimal, or its first 10 digits or more, which is what A1111 writes."""
+Pixels = Annotated[int, Field(ge=0, le=1 << 16)]
+
+
+class InputPicture(Config):
+    """A picture that was read; its pixels are not in the recipe."""
+
+    name: Name = ""
+    """The file's name, where it was a file."""
+    sha256: Hash
+    """picture_hash of it."""
+
+    def check(self, image: Image.Image) -> str | None:
+        """None, or a sentence when `image` is another picture."""
+        if same_hash(picture_hash(image), self.sha256):
+            return None
+        return f"This is not the picture {self.name!r} that the recipe names; the result differs."
+
+
+class Lora(Config):
+    """A LoRA that was attached."""
+
+    file: Name
+    """The file's name."""
+    sha256: Hash | None = None
+    """model_hash of the file; None where the recipe comes from a text that has none."""
+    weight: float = 1.0
+
+
+class Recipe(Config):
+    """Everything that one picture depends on, beside the pixels of its input pictures."""
+
+    prompt: Prompt
+    negative_prompt: Prompt = ""
+    seed: int = Field(ge=0, le=MAX_SEED)
+    """This picture's own, whatever its place in a batch."""
+    height: Pixels
+    width: Pixels
+    num_inference_steps: int = Field(ge=1, le=100_000)
+    guidance_scale: float = Field(ge=0)
+    sampler: Name
+    """A name in diffusion.samplers.SAMPLERS."""
+
+    guidance: Literal["cfg", "apg"] = "cfg"
+    """Classifier-free, or adaptive projected."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """phi of Lin et al. (2023)."""
+    guidance_interval: tuple[float, float] | None = None
+    """The noise levels, low < sigma <= high, with guidance; None is all of them."""
+    eta: float | None = Field(default=None, ge=0)
+    """None is the sampler's own."""
+    spacing: Literal["trailing", "leading", "linspace", "karras", "exponential"] | None = None
+    """None is the model's own."""
+    clip_skip: int | None = Field(default=None, ge=0)
+    """Layers of CLIP that are left out; A1111 counts one more."""
+    weighted: bool = True
+    """Whether (word:1.3) in the prompt is a weight."""
+
+    strength: float | None = Field(default=None, ge=0, le=1)
+    image: InputPicture | None = None
+    """Where the picture started from."""
+    mask: InputPicture | None = None
+    """White where it was painted anew."""
+
+    original_size: tuple[Pixels, Pixels] | None = None
+    """SDXL's conditioning, like the next four; sizes are (height, width)."""
+    crops_coords_top_left: tuple[Pixels, Pixels] | None = None
+    target_size: tuple[Pixels, Pixels] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+
+    model: Name = ""
+    """Path or name, as it was given."""
+    model_sha256: Hash | None = None
+    """model_hash of it."""
+    loras: tuple[Lora, ...] = Field(default=(), max_length=64)
+    vae_sha256: Hash | None = None
+    """model_hash of the VAE that took the place of the model's own."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the U-Net's weights."""
+    version: Name | None = __version__
+    """Of the latentdiff that made the picture; None is another program."""
+    format: int = Field(default=FORMAT, ge=1)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of TextToImage.generate, of a model with `loras` and the VAE in place.
+
+        What is None is left out, and so are image and mask, which only the caller has.
+        """
+        values = self.model_dump(exclude=set(_ABOUT_FILES))
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check_model(self, sha256: str) -> str | None:
+        """None, or a sentence when the model with this model_hash is not the recipe's."""
+        name = f" ({self.model})" if self.model else ""
+        if self.model_sha256 is None:
+            return f"The recipe has no hash of its model{name}; the picture may come out another."
+        if same_hash(sha256, self.model_sha256):
+            return None
+        return (
+            f"The picture was made with another model{name}, of hash {self.model_sha256[:10]}; "
+            f"this one has {sha256[:10]}, and the picture comes out another."
+        )
+
+    def to_json(self) -> str:
+        """One line of ASCII."""
+        return json.dumps(self.model_dump(mode="json"))
+
+    def to_png_text(self) -> dict[str, str]:
+        """PNG text by keyword: A1111's `parameters`, and the whole recipe."""
+        return {"parameters": self.to_parameters(), "latentdiff": self.to_json()}
+
+    def to_parameters(self) -> str:
+        """The text that A1111 writes; see parameters_text.to_parameters."""
+        from latentdiff.parameters_text import to_parameters
+
+        return to_parameters(self)
+
+
+_ABOUT_FILES = (
+    *("image", "mask", "model", "model_sha256", "loras", "vae_sha256"),
+    *("dtype", "version", "format"),
+)
+
+
+def recipe_from_json(text: str, source: str = "The recipe") -> Recipe:
+    """Read `to_json`'s text. Raises InputError, naming `source`, for anything else."""
+    if len(text) > MAX_TEXT_BYTES:
+        raise InputError(f"{source} is larger than 1 MiB, too large to be a recipe.")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{source} is not readable JSON; the recipe in it is damaged.")
+    unknown = sorted(values.keys() - Recipe.model_fields.keys())
+    newer = isinstance(values.get("format"), int) and values["format"] > FORMAT
+    if unknown or newer:
+        keys = ", ".join(repr(key[:40]) for key in unknown[:5])
+        raise InputError(
+            f"{source} was written by latentdiff {str(values.get('version'))[:40]} in recipe "
+            f"format {str(values.get('format'))[:10]}"
+            + (f" and has keys ({keys}) that" if unknown else ", which")
+            + f" latentdiff {__version__} does not know; update latentdiff."
+        )
+    return parse(Recipe, values, source)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in a PNG: latentdiff's own, or as much as A1111's `parameters` say.
+
+    Raises InputError for a file that is no PNG, is damaged or too large, or holds no recipe.
+    Warns UnreadParametersWarning of parameters that have no place in a Recipe.
+    """
+    from latentdiff.parameters_text import from_parameters
+
+    text = _png_text(Path(path))
+    for key in ("latentdiff", "parameters"):
+        if len(text.get(key, "")) > MAX_TEXT_BYTES:
+            raise InputError(f"The text in {path} is larger than 1 MiB, too large to be a recipe.")
+    if "latentdiff" in text:
+        return recipe_from_json(text["latentdiff"], f"The recipe in {path}")
+    if "parameters" in text:
+        return from_parameters(text["parameters"], f"The text in {path}")
+    raise InputError(
+        f"{path} holds no recipe; it was not made by latentdiff or A1111, or was saved again by a "
+        "program that drops PNG text."
+    )
+
+
+def _png_text(path: Path) -> dict[str, str]:
+    """Text by keyword. Behind the pixels it is looked for only when there is none before them."""
+    if not path.is_file():
+        raise InputError(f"There is no picture {path}.")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = {key: str(value) for key, value in image.info.items() if key in _KEYWORDS}
+            if not text:
+                image.load()
+                text = {key: str(value) for key, value in image.info.items() if key in _KEYWORDS}
+            return text
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is no PNG; only a PNG keeps its recipe.") from None
+    except Exception as error:  # damaged files make Pillow raise errors of any kind
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as a PNG ({reason}).") from None
+
+
+_KEYWORDS = ("latentdiff", "parameters")
+
+
+def same_hash(first: str, second: str) -> bool:
+    """Whether two hashes agree as far as the shorter of them goes."""
+    length = min(len(first), len(second))
+    return length >= 10 and first[:length] == second[:length]
+
+
+def picture_hash(image: Image.Image) -> str:
+    """SHA-256 of a picture's mode, size and pixels, whatever file it came from."""
+    head = f"{image.mode} {image.width} {image.height}\n".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+def model_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, A1111's model hash, or of what a model directory holds.
+
+    A directory's is over the sorted relative names of its safetensors and JSON files and the
+    SHA-256 of each. A file is read again only when its size or time of change differs. Raises
+    InputError where there is no such file, or no safetensors in the directory.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _file_hash(path)
+    files = {
+        file.relative_to(path).as_posix(): file
+        for file in path.rglob("*")
+        if file.suffix in WEIGHTS_AND_CONFIGS and file.is_file()
+    }
+    if not any(name.endswith(".safetensors") for name in files):
+        raise InputError(f"There are no safetensors at {path}; give a model's directory or file.")
+    lines = [f"{name}\0{_file_hash(file)}\n" for name, file in sorted(files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    status = path.stat()
+    return _read_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_hash(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
