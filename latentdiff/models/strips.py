@@ -44,9 +44,13 @@ class Activation:
         for start, strip in self.strips(size):
             if into is None:
                 batch, channels, _, width = strip.shape
-                into = strip.new_empty(batch, channels, self.height, width)
-                if strip.is_contiguous(memory_format=torch.channels_last):
-                    into = into.to(memory_format=torch.channels_last)
+                last = strip.is_contiguous(memory_format=torch.channels_last)
+                into = torch.empty(
+                    (batch, channels, self.height, width),
+                    dtype=strip.dtype,
+                    device=strip.device,
+                    memory_format=torch.channels_last if last else torch.contiguous_format,
+                )
             into[:, :, start : start + strip.shape[2]] = strip
         assert into is not None
         return Activation.of(into)
