@@ -1,4 +1,4 @@
-"""Model directories in diffusers' layout: load_model and save_model."""
+"""Whole models from disk or hub and back: load_model and save_model."""
 
 from __future__ import annotations
 
@@ -16,28 +16,23 @@ from latentdiff.diffusion.parameterization import Parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import InputError
 from latentdiff.model_files import (
-    CLASSES,
-    MAX_TOKENIZER_BYTES,
-    WEIGHTS,
-    check_file,
-    model_directory,
-    one_line,
     read_json,
     staged_directory,
     validated,
-    weights_file,
+    weights_name,
     write_json,
 )
-from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.models.unet import UNet
+from latentdiff.networks import build_tower, build_unet, build_vae, load_other_vae
 from latentdiff.scheduler_config import SchedulerConfig, parse_scheduler
-from latentdiff.weights import load_module, save_weights
+from latentdiff.single_file import SingleFileSource, write_single_file
+from latentdiff.sources import SINGLE_FILE, DirectorySource, Source, model_path, tokenizer_of
+from latentdiff.tokenizer_files import write_tokenizer
+from latentdiff.weights import load_module, save_weights, stored_tensors
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     from latentdiff.models.autoencoder import Autoencoder
-    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.models.text_encoder import TextEncoder, TextEncoders
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,12 +43,19 @@ class ModelParts:
 
     unet: UNet
     autoencoder: Autoencoder
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | TextEncoders
+    """TextEncoders in SDXL's pipelines."""
     scheduler_config: SchedulerConfig
     vocabulary: ScenesConfig | None = None
     """The scenes it was trained on, where it was trained on scenes."""
     directory: Path | None = None
-    """Where it was loaded from."""
+    """Where it was loaded from: a directory or a single file."""
+    pipeline: str = "StableDiffusionPipeline"
+    """diffusers' pipeline class for it, one of sources.TOWERS."""
+    force_zeros_for_empty_prompt: bool = False
+    """Whether an empty negative prompt stands for embeddings of zeros (SDXL base)."""
+    requires_aesthetics_score: bool = False
+    """Whether the size conditioning ends with an aesthetic score (SDXL's refiner)."""
 
     schedule: Schedule = field(init=False)
     """The noise schedule that scheduler_config describes."""
@@ -65,73 +67,150 @@ class ModelParts:
         object.__setattr__(self, "parameterization", self.scheduler_config.parameterization())
 
 
+def open_source(
+    model: str | os.PathLike[str] | None = None, prediction_type: str | None = None
+) -> Source:
+    """The parts of a model, before any weights are read; see load_model."""
+    path = model_path(model)
+    return DirectorySource(path) if path.is_dir() else SingleFileSource(path, prediction_type)
+
+
 def load_model(
     model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    vae: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
 ) -> ModelParts:
-    """Read a model directory; by default, or by the name "emoji", the one that is bundled.
+    """Read a whole model. All weights become `dtype`, whatever they were stored in.
 
-    All weights become `dtype`, whatever they were stored in. Only safetensors are read, and no
-    file can run code. Raises InputError, before any weights are read, for a directory that is
-    missing, incomplete or unsupported, and then for weights that are damaged or do not fit.
+    Args:
+        model: a directory in diffusers' layout; one .safetensors file in CompVis/A1111 layout
+            (single_file.SingleFileSource); owner/name or owner/name@revision on the Hugging Face
+            hub; or "emoji", the default, which is bundled.
+        vae: another VAE: a directory with its config.json or with a vae/, a name on the hub, or
+            one .safetensors file. A directory or a whole checkpoint says how its latents are
+            scaled; a file with a VAE alone does not, and takes the scale of the model's own.
+        prediction_type: what the U-Net predicts, where the model says otherwise or nothing.
+
+    Only safetensors are read, and no file can run code. Raises InputError, before any weights are
+    read, for a model that is missing, incomplete or unsupported, and then for weights that are
+    damaged or do not fit.
     """
-    directory = model_directory(model)
-    files = {component: weights_file(directory, component) for component in WEIGHTS}
-    configs = {component: read_json(directory / component / "config.json") for component in WEIGHTS}
-    scheduler_path = directory / "scheduler" / "scheduler_config.json"
-    scheduler_config = parse_scheduler(read_json(scheduler_path), scheduler_path)
-    vocabulary = read_vocabulary(directory)
-    _check_tokenizer(directory / "tokenizer")
+    source = open_source(model, prediction_type)
+    parts = [name for name in source.networks if name != "vae" or vae is None]
+    for name in parts:
+        source.files(name)
+    configs = {name: source.config(name) for name in parts}
+    for tower in source.towers:
+        source.check_tokenizer(tower)
+    values = source.config("scheduler")
+    if prediction_type is not None:
+        values = {**values, "prediction_type": prediction_type}
+    scheduler_config = parse_scheduler(values, source.config_path("scheduler"))
+    vocabulary = _scenes(source)
+    if vae is None:
+        source.check_vae()
 
     from latentdiff.models.autoencoder import Autoencoder
-    from latentdiff.models.text_encoder import TextEncoder
+    from latentdiff.models.text_encoder import TextEncoder, TextEncoders
 
     def part(component: str, build: Callable[[dict[str, Any]], M]) -> M:
-        module = load_module(build, configs[component], files[component], dtype)
+        file = source.files(component)[0]
+        module = load_module(
+            build,
+            configs[component],
+            source.config_path(component),
+            source.tensors(component),
+            file,
+            dtype,
+        )
         return module.to(device)
 
-    parts = ModelParts(
-        part("unet", _unet),
-        Autoencoder(part("vae", _vae)),
-        TextEncoder(_tokenizer(directory / "tokenizer"), part("text_encoder", _clip)),
+    unet = part("unet", build_unet)
+    if vae is None:
+        autoencoder = part("vae", build_vae)
+    else:
+        autoencoder = load_other_vae(vae, source, dtype).to(device)
+    towers = [
+        TextEncoder(source.tokenizer(tower), part(tower, build_tower(source.class_name(tower))))
+        for tower in source.towers
+    ]
+    xl = "XL" in source.pipeline
+    loaded = ModelParts(
+        unet,
+        Autoencoder(autoencoder),
+        TextEncoders(towers) if xl else towers[0],
         scheduler_config,
         vocabulary,
-        directory,
+        source.path,
+        source.pipeline,
+        source.flag("force_zeros_for_empty_prompt", True) if xl else False,
+        source.flag("requires_aesthetics_score", False) if xl else False,
     )
-    _check_fit(parts)
-    return parts
+    _check_fit(loaded)
+    return loaded
 
 
 def save_model(
-    parts: ModelParts, directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    parts: ModelParts, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a model directory that load_model and diffusers.StableDiffusionPipeline open.
+    """Write a model that load_model and diffusers open; weights are stored as `dtype`.
 
-    Weights are stored as `dtype`. Equal parts make equal bytes. The directory appears whole or
-    not at all; a model already there is replaced. Raises InputError when something else is.
+    A path that ends in .safetensors becomes one file in CompVis/A1111 layout, for
+    `from_single_file`; any other a directory in the layout of diffusers' `from_pretrained`. Equal
+    parts make equal bytes. The model appears whole or not at all; one already there is replaced.
+    Raises InputError when something else is, and when a single file has no place for a part.
     """
-    vae = parts.autoencoder.vae
-    text_model = parts.text_encoder.model
-    configs = {
-        "unet": parts.unet.config.to_diffusers(),
-        "vae": {"_class_name": "AutoencoderKL", **_public(vae.config)},
-        # transformers would otherwise compute in the dtype of the file, beside a U-Net in float32.
-        "text_encoder": {**_public(text_model.config.to_dict()), "dtype": "float32"},
-    }
-    modules = {"unet": parts.unet, "vae": vae, "text_encoder": text_model}
-    with staged_directory(Path(directory)) as staging:
-        for component, module in modules.items():
-            (staging / component).mkdir()
-            write_json(configs[component], staging / component / "config.json")
-            save_weights(module, staging / component / WEIGHTS[component], dtype)
-        _write_tokenizer(parts.text_encoder.tokenizer, staging / "tokenizer")
+    path = Path(path)
+    index, configs = _index(parts), _configs(parts)
+    modules = {"unet": parts.unet, "vae": parts.autoencoder.vae}
+    towers = _towers(parts)
+    modules |= {name: tower.model for name, tower in towers.items()}
+    tokenizers = {tokenizer_of(name): tower.tokenizer for name, tower in towers.items()}
+    vocabulary = parts.vocabulary.model_dump(mode="json") if parts.vocabulary else None
+    if path.suffix == SINGLE_FILE:
+        states = {name: stored_tensors(module, dtype) for name, module in modules.items()}
+        write_single_file(path, index, configs, tokenizers, states, vocabulary)
+        return
+    with staged_directory(path) as staging:
+        for name, module in modules.items():
+            (staging / name).mkdir()
+            write_json(configs[name], staging / name / "config.json")
+            save_weights(module, staging / name / f"{weights_name(name)}{SINGLE_FILE}", dtype)
+        for name, tokenizer in tokenizers.items():
+            write_tokenizer(tokenizer, staging / name)
         (staging / "scheduler").mkdir()
-        scheduler_path = staging / "scheduler" / "scheduler_config.json"
-        write_json(parts.scheduler_config.to_json(), scheduler_path)
-        if parts.vocabulary is not None:
-            write_json(parts.vocabulary.model_dump(mode="json"), staging / "vocabulary.json")
-        write_json(_index(parts), staging / "model_index.json")
+        write_json(configs["scheduler"], staging / "scheduler" / "scheduler_config.json")
+        if vocabulary is not None:
+            write_json(vocabulary, staging / "vocabulary.json")
+        write_json(index, staging / "model_index.json")
+
+
+def _towers(parts: ModelParts) -> dict[str, TextEncoder]:
+    """The text encoders by their names in model_index.json."""
+    from latentdiff.models.text_encoder import TextEncoder
+
+    encoder = parts.text_encoder
+    if isinstance(encoder, TextEncoder):
+        return {"text_encoder": encoder}
+    names = ("text_encoder", "text_encoder_2")[-len(encoder.towers) :]
+    return dict(zip(names, encoder.towers, strict=True))
+
+
+def _configs(parts: ModelParts) -> dict[str, dict[str, Any]]:
+    """What describes each part in JSON, but the tokenizers."""
+    # transformers would otherwise compute in the dtype of the file, beside a U-Net in float32.
+    towers = {
+        name: {**_public(tower.model.config.to_dict()), "dtype": "float32"}
+        for name, tower in _towers(parts).items()
+    }
+    return {
+        "unet": parts.unet.config.to_diffusers(),
+        "vae": {"_class_name": "AutoencoderKL", **_public(parts.autoencoder.vae.config)},
+        "scheduler": parts.scheduler_config.to_json(),
+        **towers,
+    }
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,79 +224,41 @@ def read_vocabulary(directory: Path) -> ScenesConfig | None:
     return validated(ScenesConfig, read_json(path), path) if path.exists() else None
 
 
+def _scenes(source: Source) -> ScenesConfig | None:
+    values = source.vocabulary()
+    path = source.path / "vocabulary.json" if source.path.is_dir() else source.path
+    return None if values is None else validated(ScenesConfig, values, path)
+
+
 def _index(parts: ModelParts) -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", CLASSES["unet"][0]],
-        "vae": ["diffusers", CLASSES["vae"][0]],
-        "text_encoder": ["transformers", CLASSES["text_encoder"][0]],
-        "tokenizer": ["transformers", CLASSES["tokenizer"][0]],
+    """The contents of model_index.json."""
+    index: dict[str, Any] = {
+        "_class_name": parts.pipeline,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", parts.scheduler_config.class_name],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
     }
-
-
-def _unet(config: dict[str, Any]) -> UNet:
-    return UNet(UNetConfig.from_diffusers(config))
-
-
-def _vae(config: dict[str, Any]) -> AutoencoderKL:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    vae = AutoencoderKL.from_config(config)
-    assert isinstance(vae, AutoencoderKL)
-    return vae
-
-
-def _clip(config: dict[str, Any]) -> CLIPTextModel:
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
-    if config.get("use_attention_mask"):
-        raise InputError("A text encoder with use_attention_mask is not supported.")
-    return CLIPTextModel(CLIPTextConfig.from_dict(config))
-
-
-def _tokenizer(directory: Path) -> CLIPTokenizer:
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(
-            f"{directory} holds no CLIP tokenizer that can be read ({one_line(error)})."
-        ) from None
-
-
-def _write_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
-    """tokenizer.json for transformers 5, vocab.json and merges.txt for those before."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # the last call's, which would be stored and differ from run to run
-    backend.no_padding()
-    directory.mkdir()
-    backend.save(str(directory / "tokenizer.json"))
-    backend.model.save(str(directory))
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length}
-    config |= {name: str(getattr(tokenizer, name)) for name in names}
-    write_json(config, directory / "tokenizer_config.json")
-
-
-def _check_tokenizer(directory: Path) -> None:
-    read_json(directory / "tokenizer_config.json")
-    if (directory / "tokenizer.json").is_file():
-        read_json(directory / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    if "XL" in parts.pipeline:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+        index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
+        if parts.pipeline != "StableDiffusionXLPipeline":
+            index["requires_aesthetics_score"] = parts.requires_aesthetics_score
     else:
-        read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
-        check_file(directory / "merges.txt", MAX_TOKENIZER_BYTES)
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    for name, tower in _towers(parts).items():
+        index[name] = ["transformers", type(tower.model).__name__]
+        index[tokenizer_of(name)] = ["transformers", type(tower.tokenizer).__name__]
+    return index
 
 
 def _check_fit(parts: ModelParts) -> None:
+    """Raises InputError for parts of different models."""
     unet, latents = parts.unet.config, parts.autoencoder.latent_channels
-    if unet.in_channels != latents:
+    inpainting = "Inpaint" in parts.pipeline
+    channels = 2 * latents + 1 if inpainting else latents
+    if unet.in_channels not in (channels, latents):
         raise InputError(
             f"The U-Net takes {unet.in_channels} channels but the latents have {latents}; "
             "unet/ and vae/ belong to different models."
@@ -228,3 +269,18 @@ def _check_fit(parts: ModelParts) -> None:
             f"encoder's are {parts.text_encoder.hidden_size}; unet/ and text_encoder/ belong to "
             "different models."
         )
+    pooled = getattr(parts.text_encoder, "pooled_size", None)
+    if (pooled is None) != (unet.addition_embed_type is None):
+        raise InputError(
+            f"The U-Net's config.json has addition_embed_type {unet.addition_embed_type!r}, which "
+            f"does not go with a {parts.pipeline}."
+        )
+    if pooled is not None:
+        numbers = 5 if parts.requires_aesthetics_score else 6
+        width = pooled + numbers * (unet.addition_time_embed_dim or 0)
+        if unet.projection_class_embeddings_input_dim != width:
+            raise InputError(
+                f"The U-Net expects {unet.projection_class_embeddings_input_dim} numbers of pooled "
+                f"text and sizes but the model makes {width}; unet/ and text_encoder_2/ belong to "
+                "different models, or requires_aesthetics_score in model_index.json is wrong."
+            )

@@ -1,4 +1,4 @@
-"""The files of a model directory: found, checked and read without running anything in them."""
+"""Files of models: found, checked and read without running anything in them, and written whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,62 +21,20 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Config)
 
-BUNDLED = "emoji"
-"""Name of the model that comes with the package."""
-
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-"""The components of a StableDiffusionPipeline and the classes that can be read."""
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+VARIANT = ".fp16"
+"""Of the weights, taken where there are no plain ones."""
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 32 << 20
 
-
-def model_directory(model: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of a model: a path, or the bundled model's name (also None).
-
-    Raises InputError where there is no such directory or it holds no pipeline that can be read.
-    """
-    if not isinstance(model, str | os.PathLike | None):
-        raise InputError(f"model must be a path or a name, not {model!r}.")
-    if model is None or model == BUNDLED:
-        path = Path(__file__).parent / "pretrained" / BUNDLED
-    else:
-        path = Path(model).expanduser()
-    if path.suffix in PICKLES and not path.is_dir():
-        raise InputError(f"{path} is a pickle, which can run code when opened; {_CONVERT}")
-    if not path.is_dir():
-        raise InputError(
-            f"There is no model directory at {path}; give the path of one in diffusers' layout, "
-            f"or {BUNDLED!r} for the bundled model."
-        )
-    index = read_json(path / "model_index.json")
-    name = index.get("_class_name")
-    if name != "StableDiffusionPipeline":
-        raise InputError(f"{path} holds a {name}; only a StableDiffusionPipeline can be read.")
-    for component, classes in CLASSES.items():
-        found = index.get(component)
-        if not (isinstance(found, list) and len(found) == 2 and found[1] in classes):
-            raise InputError(
-                f"{path / 'model_index.json'} names {found} as its {component}; only "
-                f"{' or '.join(classes)} can be read."
-            )
-    return path
-
-
-_CONVERT = (
+CONVERT = (
     "convert it once, where you trust its source, with diffusers' "
     "StableDiffusionPipeline.save_pretrained(directory, safe_serialization=True)."
+)
+CONVERT_FILE = (
+    "convert it once with diffusers' StableDiffusionPipeline.from_single_file(path)"
+    ".save_pretrained(directory), which reads it with torch.load(weights_only=True)."
 )
 
 
@@ -110,39 +68,85 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
         raise InputError(f"{path} is larger than {max_bytes >> 20} MiB, too large to be genuine.")
 
 
-def weights_file(directory: Path, component: str) -> Path:
-    """The safetensors file of one component. Raises InputError when there are only pickles."""
-    path = directory / component / WEIGHTS[component]
-    if not path.is_file():
-        pickles = [file for file in path.parent.glob("*") if file.suffix in PICKLES]
+def weights_name(component: str) -> str:
+    """What the weights of a component are called, without the ending."""
+    return "diffusion_pytorch_model" if component in ("unet", "vae") else "model"
+
+
+def weights_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one network: a file or its shards, plain or of the variant fp16.
+
+    Raises InputError when there are only pickles, or none whole.
+    """
+    found = whole_weights(folder, stem)
+    if not found:
+        pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLES)
         if pickles:
             raise InputError(
-                f"{path.parent} has its weights only as a pickle ({pickles[0].name}), which can "
-                f"run code when opened; {_CONVERT}"
+                f"{folder} has its weights only as a pickle ({pickles[0].name}), which can "
+                f"run code when opened; {CONVERT}"
             )
-    check_file(path)
-    return path
+        for index in sorted(folder.glob(f"{stem}.safetensors.index*.json")):
+            for shard in _shards(index):
+                check_file(shard)
+        check_file(folder / f"{stem}.safetensors")
+    return found
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file. Raises InputError when the file is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def whole_weights(folder: Path, stem: str) -> list[Path]:
+    """The files of weights_files, none where none are complete."""
+    for variant in ("", VARIANT):
+        single = folder / f"{stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        shards = _shards(index) if index.is_file() else []
+        if shards and all(shard.is_file() for shard in shards):
+            return shards
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each beside it."""
+    weight_map = read_json(index, MAX_TOKENIZER_BYTES).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in map(str, names)):
+        raise InputError(f"{index} does not name the files beside it; copy the model again.")
+    return [index.with_name(name) for name in names]
+
+
+def read_weights(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The wanted tensors of a safetensors file. Raises InputError when the file is damaged."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
 def weight_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes by name, read from the file's header alone."""
+    """Shapes by name, read from the file's header alone. Raises InputError when it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def weight_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises InputError when it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
@@ -160,42 +164,76 @@ def write_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
-    """A new empty directory that becomes `target` when the block ends well, and else vanishes.
-
-    Everything in it is on disk before the rename, so `target` is never half-written. An earlier
-    model at `target` gives way whole. Raises InputError when something else is there.
-    """
-    if target.exists() and not (target / "model_index.json").is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise InputError(f"{target} exists and is no model directory; choose another place.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    staging.mkdir()
-    try:
-        yield staging
-        _sync(staging)
-        if target.exists():
-            earlier = staging.with_name(f"{staging.name}.earlier")
-            target.rename(earlier)
-            staging.rename(target)
-            shutil.rmtree(earlier)
-        else:
-            staging.rename(target)
-        _sync_one(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or a directory's entries, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A new empty directory that becomes `target` when the block ends well, and else vanishes.
+
+    Everything in it is on disk before the rename, so `target` is never half-written. An earlier
+    model at `target` gives way whole, and is back in its place if the new one cannot take it.
+    Raises InputError when something else is there.
+    """
+    if target.exists() and not (target / "model_index.json").is_file():
+        if not target.is_dir() or any(target.iterdir()):
+            raise InputError(f"{target} exists and is no model directory; choose another place.")
+    staging = _beside(target)
+    staging.mkdir()
+    try:
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            sync(path)
+        if target.exists():
+            earlier = staging.with_name(f"{staging.name}.earlier")
+            target.rename(earlier)
+            try:
+                staging.rename(target)
+            except BaseException:
+                earlier.rename(target)
+                raise
+            shutil.rmtree(earlier)
+        else:
+            staging.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path that becomes `target` when the block ends well: on disk first, then renamed."""
+    staging = _beside(target)
+    try:
+        yield staging
+        sync(staging)
+        staging.replace(target)
+        sync(target.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.parent / f".{target.name}.{uuid.uuid4().hex}"
+
+
+WEIGHTS = ("unet", "vae", "text_encoder")
+
+
+def model_directory(model: str | os.PathLike[str] | None = None) -> Path:
+    """sources.model_path, under its earlier name."""
+    from latentdiff.sources import model_path
+
+    return model_path(model)
+
+
+def weights_file(directory: Path, component: str) -> Path:
+    """The first of weights_files, under its earlier name."""
+    return weights_files(directory / component, weights_name(component))[0]

@@ -15,24 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentdiff.errors import InputError
+from latentdiff.model_files import sync, write_json
 from training.ema import EMA
 
 MANIFEST = "manifest.json"
 NETWORK, AVERAGE, OPTIMIZER = "network.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE = "state.json"
-
-
-def sync(path: Path) -> None:
-    """Force a file or a directory's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parameter_names(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -88,12 +76,12 @@ def save(
         save_file(weights, staged / NETWORK)
         save_file(ema.state_dict(), staged / AVERAGE)
         save_file(optimizer_tensors(optimizer, names), staged / OPTIMIZER)
-        write_json(staged / STATE, {"step": step} | state)
+        write_json({"step": step} | state, staged / STATE)
         files = sorted(staged.iterdir())
         for file in files:
             sync(file)
         digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        write_json(staged / MANIFEST, digests)
+        write_json(digests, staged / MANIFEST)
         sync(staged / MANIFEST)
         target = folder / f"step-{step:06d}"
         _remove(target)

@@ -1,0 +1,99 @@
+"""Models by their name on the Hugging Face hub, through its cache and no further than needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentdiff.errors import InputError
+from latentdiff.model_files import VARIANT, weights_name, whole_weights
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+"""owner/name, optionally @revision: a branch, a tag or a commit."""
+
+FOLDERS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+CONFIGS = (
+    "model_index.json",
+    "README.md",
+    "vocabulary.json",
+    *(f"{folder}/*.json" for folder in FOLDERS),
+    *(f"{folder}/*.txt" for folder in FOLDERS),
+)
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether this could be a model on the hub: owner/name or owner/name@revision."""
+    return NAME.fullmatch(model) is not None
+
+
+def download_model(model: str) -> Path:
+    """The snapshot directory of owner/name[@revision], with what load_model needs and no more.
+
+    The plain weights where there are any, else those of the variant fp16. Files in the hub's cache
+    are not loaded again; without a network, or with HF_HUB_OFFLINE=1, the cache is all there is.
+    Raises InputError when the model is neither there nor within reach.
+    """
+    snapshot = _snapshot(model, CONFIGS)
+    for variant in ("", VARIANT):
+        missing = [name for name in NETWORKS if _lacks_weights(snapshot / name, weights_name(name))]
+        patterns = [
+            p for name in missing for p in _weights(f"{name}/{weights_name(name)}", variant)
+        ]
+        if patterns:
+            snapshot = _snapshot(model, patterns)
+    return snapshot
+
+
+def download_autoencoder(model: str) -> Path:
+    """The snapshot directory of a VAE, or of a model with one in vae/. Raises InputError."""
+    snapshot = _snapshot(model, ["config.json", "vae/config.json"])
+    folder = "" if (snapshot / "config.json").is_file() else "vae/"
+    for variant in ("", VARIANT):
+        if _lacks_weights(snapshot / folder, weights_name("vae")):
+            snapshot = _snapshot(model, _weights(folder + weights_name("vae"), variant))
+    return snapshot
+
+
+def _lacks_weights(folder: Path, stem: str) -> bool:
+    return (folder / "config.json").is_file() and not whole_weights(folder, stem)
+
+
+def _weights(stem: str, variant: str) -> list[str]:
+    """One file, or an index and its shards."""
+    return [
+        f"{stem}{variant}.safetensors",
+        f"{stem}.safetensors.index{variant}.json",
+        f"{stem}{variant}-?????-of-?????.safetensors",
+    ]
+
+
+def _snapshot(model: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*patterns]))
+    except LocalEntryNotFoundError as error:
+        # Newer versions say where the rest of an incomplete snapshot lies: what it lacks may not
+        # be needed, and what is needed and absent is named when it is looked for.
+        if (found := getattr(error, "snapshot_path", None)) is not None:
+            return Path(found)
+        raise InputError(
+            f"There is no model directory at {model}, nor is that model in the Hugging Face cache, "
+            "and the hub is out of reach; give the path of a model, or connect once to download it "
+            "(HF_HUB_OFFLINE must not be set)."
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"There is no model directory at {model}, and the Hugging Face hub does not give out "
+            f"a model of that name ({type(error).__name__}); check the name, or log in if it is "
+            "private or gated."
+        ) from None
+    except Exception as error:  # the hub's client raises errors of its HTTP library's, of any kind
+        raise InputError(
+            f"{model} cannot be had from the Hugging Face hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})."
+        ) from None

@@ -1,0 +1,85 @@
+"""The networks of a model, built from their config.json; a VAE in place of a model's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentdiff.compvis_names import UNET, VAE, Layout, vae_names
+from latentdiff.errors import InputError
+from latentdiff.hub import download_autoencoder
+from latentdiff.model_files import (
+    read_json,
+    read_weights,
+    weight_shapes,
+    weights_files,
+    weights_name,
+)
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.single_file import SingleFileSource
+from latentdiff.sources import Source, found_path
+from latentdiff.weights import load_module
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import PreTrainedModel
+
+NOT_OF_VAE = ("loss.", "model_ema.")
+"""What the training of a VAE leaves beside its weights."""
+
+
+def build_unet(config: dict[str, Any]) -> UNet:
+    """From a UNet2DConditionModel's config.json. Raises InputError for what is not supported."""
+    return UNet(UNetConfig.from_diffusers(config))
+
+
+def build_vae(config: dict[str, Any]) -> AutoencoderKL:
+    """From an AutoencoderKL's config.json."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    vae = AutoencoderKL.from_config(config)
+    assert isinstance(vae, AutoencoderKL)
+    return vae
+
+
+def build_tower(class_name: str) -> Callable[[dict[str, Any]], PreTrainedModel]:
+    """What builds a text encoder of that class of transformers."""
+    import transformers
+
+    cls = getattr(transformers, class_name)
+    clip = class_name.startswith("CLIP")
+    config_class = transformers.CLIPTextConfig if clip else cls.config_class
+
+    def build(config: dict[str, Any]) -> PreTrainedModel:
+        if config.get("use_attention_mask"):
+            raise InputError("A text encoder with use_attention_mask is not supported.")
+        return cls(config_class.from_dict(config))
+
+    return build
+
+
+def load_other_vae(
+    vae: str | os.PathLike[str], source: Source, dtype: torch.dtype
+) -> AutoencoderKL:
+    """The VAE at `vae` to take the place of `source`'s own; see checkpoint.load_model."""
+    path = found_path(vae, download_autoencoder, "VAE")
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        files = weights_files(folder, weights_name("vae"))
+        tensors = {name: t for file in files for name, t in read_weights(file).items()}
+        config_path = folder / "config.json"
+        return load_module(build_vae, read_json(config_path), config_path, tensors, files[0], dtype)
+    shapes = weight_shapes(path)
+    if any(name.startswith(UNET) for name in shapes):
+        other = SingleFileSource(path)
+        config, tensors = other.config("vae"), other.tensors("vae")
+    else:
+        config = source.config("vae")
+        tensors = read_weights(path, lambda name: not name.startswith(NOT_OF_VAE))
+        if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+            prefix = VAE if any(name.startswith(VAE) for name in tensors) else ""
+            tensors = Layout(prefix, vae_names(config)).read(tensors)
+    return load_module(build_vae, config, path, tensors, path, dtype)
