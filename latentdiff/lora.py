@@ -77,9 +77,10 @@ class _Branch(nn.Module):
         if isinstance(base, nn.Linear):
             branch = F.linear(F.linear(inputs[0], self.down), self.up)
         else:
-            geometry = (base.stride, base.padding, base.dilation)
-            branch = F.conv2d(F.conv2d(inputs[0], self.down, None, *geometry), self.up)
-        return output + self.weight * self.layer.scale * branch
+            stride, padding, dilation = base.stride, base.padding, base.dilation
+            branch = F.conv2d(inputs[0], self.down, None, stride, padding, dilation)
+            branch = F.conv2d(branch, self.up)
+        return torch.add(output, branch, alpha=self.weight * self.layer.scale)
 
 
 class Adapters:
@@ -121,10 +122,10 @@ class Adapters:
         if name in self._branches:
             raise InputError(f"There is a LoRA named {name!r} already; remove it or choose a name.")
         fitted = self._fitted(name, lora)
+        branches = [(base, _Branch(base, layer, weight)) for base, layer in fitted]
         self._weights[name] = weight
         self._branches[name] = []
-        for base, layer in fitted:
-            branch = _Branch(base, layer, weight)
+        for base, branch in branches:
             base.add_module(_attribute(branch), branch)
             handle = base.register_forward_hook(branch.hook)
             self._branches[name].append((base, branch, handle))
@@ -158,7 +159,7 @@ class Adapters:
 
         What the weights were is kept in main memory for `unfuse`.
         """
-        if self.fused:
+        if self.fused or not self._branches:
             return
         by_module: dict[Adaptable, list[_Branch]] = {}
         for branches in self._branches.values():
@@ -167,7 +168,7 @@ class Adapters:
         self._originals = []
         try:
             for base, beside in by_module.items():
-                fused = base.weight.clone().float()
+                fused = base.weight.to(torch.float32, copy=True)
                 for branch in beside:
                     delta = branch.layer.delta(fused.device).reshape(fused.shape)
                     fused.add_(delta, alpha=branch.weight)
@@ -195,12 +196,12 @@ class Adapters:
             modules = {} if network is None else dict(network.named_modules())
             for name, layer in layers.items():
                 base = modules.get(name, modules.get(name.removeprefix(TOWER)))
-                weight = base.weight if isinstance(base, nn.Linear | nn.Conv2d) else None
-                if weight is None or _bare(weight.shape) != layer.shape:
-                    own = "not there" if weight is None else list(_bare(weight.shape))
+                own = _bare(base.weight.shape) if isinstance(base, nn.Linear | nn.Conv2d) else None
+                if own != layer.shape or not isinstance(base, nn.Linear | nn.Conv2d):
                     raise InputError(
                         f"The LoRA {lora_name!r} is for another model: it changes {name} in "
-                        f"{part}, of shape {list(layer.shape)}, which here is {own}."
+                        f"{part}, of shape {list(layer.shape)}, which this one "
+                        f"{'lacks' if own is None else f'has as {list(own)}'}."
                     )
                 fitted.append((base, layer))
         return fitted

@@ -209,7 +209,8 @@ def _layer(tensors: dict[str, Tensor], default_alpha: Callable[[int], float]) ->
     floating = down.is_floating_point() and up.is_floating_point()
     if not (down.shape[0] == rank > 0 and floating and math.isfinite(alpha)):
         raise ValueError
-    return LoRALayer(down, up, alpha)
+    # The tensors are the file's own pages, and the file may be overwritten.
+    return LoRALayer(down.clone(), up.clone(), alpha)
 
 
 def _peft_settings(file: Path) -> dict[str, Any]:

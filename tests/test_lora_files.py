@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,22 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentdiff.lora import Adapters
-from latentdiff.lora_files import read_lora
+from latentdiff import lora_files
+from latentdiff.errors import InputError
+from latentdiff.lora import Adapters, LoRA, LoRALayer
+from latentdiff.lora_files import read_lora, save_lora
 from latentdiff.models.unet import UNet, UNetConfig
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`", "ignore:The following alpha_pattern keys did not match"
+)
 
 Entry = tuple[str, str, Tensor, Tensor]
 """Part, module by its published name, down, up."""
@@ -300,3 +311,353 @@ def test_sdxl_equals_diffusers(
     sdxl: Family, tmp_path: Path, naming: Naming, endings: tuple[str, ...], alpha: float | None
 ) -> None:
     check(sdxl, write(tmp_path / "a.safetensors", entries(sdxl, endings), naming, alpha))
+
+
+def test_two_with_weights_equal_diffusers(sd: Family, tmp_path: Path) -> None:
+    one = write(tmp_path / "1.safetensors", entries(sd, LINEAR, 4, 1), peft_naming)
+    two = write(tmp_path / "2.safetensors", entries(sd, ATTENTION, 3, 2), kohya_naming, 2.0)
+    before = sd.ours()
+    adapters = Adapters(sd.parts)
+    adapters.add("one", read_lora(one), 0.7)
+    adapters.add("two", read_lora(two), 0.4)
+    attached = sd.ours()
+    adapters.fuse()
+    fused = sd.ours()
+    adapters.unfuse()
+    adapters.remove("one")
+    adapters.remove("two")
+    sd.pipeline.load_lora_weights(str(one), adapter_name="one")
+    sd.pipeline.load_lora_weights(str(two), adapter_name="two")
+    try:
+        sd.pipeline.set_adapters(["one", "two"], [0.7, 0.4])
+        expected = sd.theirs()
+    finally:
+        sd.pipeline.unload_lora_weights()
+    torch.testing.assert_close(attached, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+    assert all((attached[name] - before[name]).abs().max() > 0.01 for name in before)
+    torch.testing.assert_close(sd.ours(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_k": 9}}])
+def test_what_diffusers_training_writes(
+    sd: Family, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Alpha is in the file's header alone."""
+    layers, configs = {}, {}
+    for part, targets in (("unet", ["to_q", "to_k", "conv1"]), ("text_encoder", ["q_proj", "fc1"])):
+        network = copy.deepcopy(getattr(sd.pipeline, part))
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, **settings)
+        network.add_adapter(config)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network)
+        configs[f"{part}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **layers, **configs)
+    check(sd, tmp_path)
+
+
+def random_lora(family: Family, ranks: tuple[int, ...], alphas: tuple[float, ...]) -> LoRA:
+    """Ranks and alphas taken in turn."""
+    lora: LoRA = {}
+    for rank in dict.fromkeys(ranks):
+        for number, entry in enumerate(entries(family, LINEAR + CONVOLUTIONS, rank)):
+            part, name, down, up = entry
+            if ranks[number % len(ranks)] == rank:
+                layer = LoRALayer(down, up.flatten(1), alphas[number % len(alphas)])
+                lora.setdefault(part, {})[name] = layer
+    return lora
+
+
+def assert_equal(lora: LoRA, other: LoRA) -> None:
+    assert {part: set(layers) for part, layers in lora.items()} == {
+        part: set(layers) for part, layers in other.items()
+    }
+    for part, layers in lora.items():
+        for name, layer in layers.items():
+            torch.testing.assert_close(layer.down, other[part][name].down, rtol=0, atol=0)
+            torch.testing.assert_close(layer.up, other[part][name].up, rtol=0, atol=0)
+            assert layer.alpha == other[part][name].alpha
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alphas"),
+    [((4,), (4.0,)), ((4,), (2.5,)), ((4, 4, 3, 7), (1.0, 2.5, 2.5, 4.0, 2.5))],
+)
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_saved_comes_back_and_diffusers_reads_it(
+    kind: str,
+    ranks: tuple[int, ...],
+    alphas: tuple[float, ...],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    family = request.getfixturevalue(kind)
+    lora = random_lora(family, ranks, alphas)
+    save_lora(lora, tmp_path / "new" / "a.safetensors")
+    assert_equal(read_lora(tmp_path / "new" / "a.safetensors"), lora)
+    check(family, tmp_path / "new" / "a.safetensors")
+
+
+def test_saved_into_a_directory_in_its_own_dtype(sd: Family, tmp_path: Path) -> None:
+    half = {
+        part: {
+            name: LoRALayer(layer.down.half(), layer.up.half().requires_grad_(), layer.alpha)
+            for name, layer in layers.items()
+        }
+        for part, layers in random_lora(sd, (4,), (4.0,)).items()
+    }
+    for _ in range(2):
+        save_lora(half, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
+    stored = load_file(file)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert torch.equal(stored[f"unet.{name}.lora_A.weight"], half["unet"][name].down)
+    assert_equal(read_lora(tmp_path), half)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+
+
+def names_of(path: Path, *stems: str, ends: tuple[str, str] = ("lora_down", "lora_up")) -> LoRA:
+    keys = [f"{stem}.{end}.weight" for stem in stems for end in ends]
+    save_file({key: torch.ones(1, 1) for key in keys}, path)
+    return read_lora(path)
+
+
+@pytest.mark.parametrize("attends", ["base", "refiner"])
+def test_kohya_names_of_every_module_of_true_size(attends: str, tmp_path: Path) -> None:
+    """SD 1.x and SDXL's base, the refiner: every matrix and convolution."""
+    kinds = {
+        "base": (("", "CrossAttn", "CrossAttn"), (320, 640, 1280), (1, 2, 10), 2048, 2816),
+        "refiner": (("", "CrossAttn", "CrossAttn", ""), (384, 768, 1536, 1536), 4, 1280, 2560),
+    }
+    crossing, widths, depths, text, added = kinds[attends]
+    with torch.device("meta"):
+        unet = UNet(
+            UNetConfig(
+                sample_size=128,
+                block_out_channels=widths,
+                down_block_types=tuple(f"{kind}DownBlock2D" for kind in crossing),  # type: ignore
+                up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(crossing)),  # type: ignore
+                transformer_layers_per_block=depths,
+                cross_attention_dim=text,
+                attention_head_dim=tuple(width // 64 for width in widths),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=added,
+            )
+        )
+    expected = {n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    stems = [f"lora_unet_{name.replace('.', '_')}" for name in expected]
+    assert set(names_of(tmp_path / "a.safetensors", *stems)["unet"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "part", "name"),
+    [
+        ("lora_unet_input_blocks_6_0_op", "unet", "down_blocks.1.downsamplers.0.conv"),
+        ("lora_unet_output_blocks_2_1_conv", "unet", "up_blocks.0.upsamplers.0.conv"),
+        (
+            "lora_unet_output_blocks_11_0_emb_layers_1",
+            "unet",
+            "up_blocks.3.resnets.2.time_emb_proj",
+        ),
+        ("lora_unet_middle_block_1_proj_in", "unet", "mid_block.attentions.0.proj_in"),
+        ("lora_unet_time_embedding_cond_proj", "unet", "time_embedding.cond_proj"),
+        ("lora_te2_text_projection", "text_encoder_2", "text_projection"),
+        (
+            "lora_te1_text_model_encoder_layers_10_self_attn_out_proj",
+            "text_encoder",
+            "text_model.encoder.layers.10.self_attn.out_proj",
+        ),
+    ],
+)
+def test_names(stem: str, part: str, name: str, tmp_path: Path) -> None:
+    lora = names_of(tmp_path / "a.safetensors", stem)
+    assert {part: list(layers) for part, layers in lora.items()} == {part: [name]}
+
+
+def test_names_without_the_parts(tmp_path: Path) -> None:
+    """As UNet2DConditionModel.save_lora_adapter writes them."""
+    names = ["conv_in", "down_blocks.0.resnets.0.conv1", "add_embedding.linear_2"]
+    lora = names_of(tmp_path / "a.safetensors", *names, ends=("lora_A", "lora_B"))
+    assert {part: set(layers) for part, layers in lora.items()} == {"unet": set(names)}
+
+
+def test_each_module_has_its_own_alpha(tmp_path: Path) -> None:
+    """As in kohya's programs; diffusers 0.42 takes the most frequent one for all."""
+    state = {}
+    for name, rank, alpha in (("to_q", 2, 3.0), ("to_k", 4, 0.5), ("to_v", 8, None)):
+        state[f"lora_unet_mid_block_{name}.lora_down.weight"] = torch.ones(rank, 3)
+        state[f"lora_unet_mid_block_{name}.lora_up.weight"] = torch.ones(5, rank)
+        if alpha is not None:
+            state[f"lora_unet_mid_block_{name}.alpha"] = torch.tensor(alpha).bfloat16()
+    save_file(state, tmp_path / "a.safetensors")
+    layers = read_lora(tmp_path / "a.safetensors")["unet"]
+    assert {name: layer.alpha for name, layer in layers.items()} == {
+        "mid_block.to_q": 3,
+        "mid_block.to_k": 0.5,
+        "mid_block.to_v": 8,
+    }
+    assert {layer.scale for layer in layers.values()} == {1.5, 0.125, 1.0}
+
+
+def test_lora_mid_is_three_convolutions(sd: Family, tmp_path: Path) -> None:
+    """LyCORIS' LoCon with use_tucker: 1 x 1, then the kernel with its stride, then 1 x 1."""
+    name = "down_blocks.0.downsamplers.0.conv"
+    base = sd.parts["unet"].get_submodule(name)
+    generator = torch.Generator().manual_seed(0)
+    down, mid, up = (
+        torch.randn(shape, generator=generator)
+        for shape in ((3, 16, 1, 1), (3, 3, 3, 3), (16, 3, 1, 1))
+    )
+    stem = f"lora_unet_{name.replace('.', '_')}"
+    tensors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}
+    state = {f"{stem}.{key}": tensor for key, tensor in tensors.items()}
+    save_file({**state, f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    adapters = Adapters(sd.parts)
+    x = torch.randn(2, 16, 9, 8, generator=generator)
+    with torch.no_grad():
+        h = nn.functional.conv2d(x, down)
+        h = nn.functional.conv2d(h, mid, stride=2, padding=1)
+        expected = base(x) + nn.functional.conv2d(h, up) / 3
+        adapters.add("a", read_lora(tmp_path / "a.safetensors"))
+        torch.testing.assert_close(base(x), expected, rtol=1e-4, atol=1e-4)
+        adapters.remove("a")
+
+
+PAIR = {
+    "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+    "unet.conv_in.lora_B.weight": torch.ones(16, 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"lora_te_x.hada_w1_a": torch.ones(1), "unet.conv_in.dora_scale": torch.ones(1)},
+            "has 2 tensors .* 'lora_te_x.hada_w1_a' among them",
+        ),
+        (
+            {"text_encoder.fc1.lora_C.weight": torch.ones(1)},
+            "1 tensors .* 'text_encoder.fc1.lora_C",
+        ),
+        ({"transformer.x.lora_A.weight": torch.ones(1, 1)}, "1 tensors .* 'transformer.x.lora_A"),
+        ({"bundle_emb.a.string_to_param.*": torch.ones(1)}, "1 tensors .* 'bundle_emb"),
+        (
+            {"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3)},
+            "1 tensors .*twice, '(lora_unet_conv_in.lora_down|unet.conv_in.lora_A).weight' among",
+        ),
+    ],
+)
+def test_what_is_no_lora_is_refused_by_name(
+    other: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    save_file({**PAIR, **other}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=message):
+        read_lora(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unet.conv_in.lora_B.weight": None},
+        {"unet.conv_in.lora_A.weight": None},
+        {"unet.conv_in.lora_B.weight": torch.ones(16, 3, 1, 1)},
+        {"unet.conv_in.lora_B.weight": torch.ones(16)},
+        {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3, dtype=torch.int8)},
+        {"unet.conv_in.alpha": torch.tensor(float("nan"))},
+        {"unet.conv_in.alpha": torch.ones(3)},
+        {"unet.conv_in.lora_mid.weight": torch.ones(2, 3, 3, 3)},
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    changes: dict[str, Tensor | None], tmp_path: Path
+) -> None:
+    state = {key: value for key, value in {**PAIR, **changes}.items() if value is not None}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="damaged: what it has for conv_in in unet"):
+        read_lora(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "lora_adapter_metadata is no JSON object"),
+        ("[]", "lora_adapter_metadata is no JSON object"),
+        ("[" * 100_000, "lora_adapter_metadata is no JSON object"),
+        (json.dumps({"unet.lora_alpha": "much"}), "what it has for conv_in in unet"),
+        (json.dumps({"unet.alpha_pattern": {"(a+)+": 1}}), "what it has for conv_in in unet"),
+        (json.dumps({"unet.alpha_pattern": ["conv_in"]}), "what it has for conv_in in unet"),
+    ],
+)
+def test_a_broken_header_is_refused(header: str, message: str, tmp_path: Path) -> None:
+    save_file(PAIR, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": header})
+    with pytest.raises(InputError, match=message):
+        read_lora(tmp_path / "a.safetensors")
+
+
+def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(InputError, match=r"There is no LoRA at .*a\.safetensors"):
+        read_lora(file)
+    with pytest.raises(InputError, match=r"There is no LoRA at .*lora_weights\.safetensors"):
+        read_lora(tmp_path)
+    save_file({}, file)
+    with pytest.raises(InputError, match="is empty"):
+        read_lora(file)
+    save_file(PAIR, file)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="is damaged"):
+        read_lora(file)
+    monkeypatch.setattr(lora_files, "MAX_LORA_BYTES", 100)
+    with pytest.raises(InputError, match="too large"):
+        read_lora(file)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin"])
+def test_pickles_are_not_opened(suffix: str, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "opened",))
+
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match="is a pickle, which can run code when opened; convert"):
+        read_lora(file)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_the_file_may_be_overwritten_after_reading(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(PAIR, file)
+    lora = read_lora(file)
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(lora["unet"]["conv_in"].down, torch.ones(2, 4, 3, 3))
+    assert torch.equal(lora["unet"]["conv_in"].up, torch.ones(16, 2))
+
+
+def test_saving_that_fails_leaves_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora: LoRA = {"unet": {"conv_in": LoRALayer(torch.ones(2, 4, 3, 3), torch.ones(16, 2), 2.0)}}
+    save_lora(lora, tmp_path)
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+
+    def fails(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(lora_files, "save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        save_lora(lora, tmp_path)
+    assert [file] == list(tmp_path.iterdir())
+    assert file.read_bytes() == before
