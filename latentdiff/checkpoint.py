@@ -15,6 +15,7 @@ from latentdiff.data.scenes import ScenesConfig
 from latentdiff.diffusion.parameterization import Parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import InputError
+from latentdiff.hub import SINGLE_FILE, model_path
 from latentdiff.model_files import (
     read_json,
     staged_directory,
@@ -26,7 +27,7 @@ from latentdiff.models.unet import UNet
 from latentdiff.networks import build_tower, build_unet, build_vae, load_other_vae
 from latentdiff.scheduler_config import SchedulerConfig, parse_scheduler
 from latentdiff.single_file import SingleFileSource, write_single_file
-from latentdiff.sources import SINGLE_FILE, DirectorySource, Source, model_path, tokenizer_of
+from latentdiff.sources import DirectorySource, Source, tokenizer_of
 from latentdiff.tokenizer_files import write_tokenizer
 from latentdiff.weights import load_module, save_weights, stored_tensors
 
@@ -56,6 +57,8 @@ class ModelParts:
     """Whether an empty negative prompt stands for embeddings of zeros (SDXL base)."""
     requires_aesthetics_score: bool = False
     """Whether the size conditioning ends with an aesthetic score (SDXL's refiner)."""
+    other_vae: Path | None = None
+    """Where the VAE was loaded from, if not with the rest."""
 
     schedule: Schedule = field(init=False)
     """The noise schedule that scheduler_config describes."""
@@ -65,6 +68,17 @@ class ModelParts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", self.scheduler_config.schedule())
         object.__setattr__(self, "parameterization", self.scheduler_config.parameterization())
+
+    @property
+    def towers(self) -> dict[str, TextEncoder]:
+        """The text encoders by their names in model_index.json."""
+        from latentdiff.models.text_encoder import TextEncoder
+
+        encoder = self.text_encoder
+        if isinstance(encoder, TextEncoder):
+            return {"text_encoder": encoder}
+        names = ("text_encoder", "text_encoder_2")[-len(encoder.towers) :]
+        return dict(zip(names, encoder.towers, strict=True))
 
 
 def open_source(
@@ -108,7 +122,7 @@ def load_model(
     if prediction_type is not None:
         values = {**values, "prediction_type": prediction_type}
     scheduler_config = parse_scheduler(values, source.config_path("scheduler"))
-    vocabulary = _scenes(source)
+    vocabulary = read_scenes(source)
     if vae is None:
         source.check_vae()
 
@@ -147,6 +161,7 @@ def load_model(
         source.pipeline,
         source.flag("force_zeros_for_empty_prompt", True) if xl else False,
         source.flag("requires_aesthetics_score", False) if xl else False,
+        None if vae is None else found_path(vae),
     )
     _check_fit(loaded)
     return loaded
@@ -165,7 +180,7 @@ def save_model(
     path = Path(path)
     index, configs = _index(parts), _configs(parts)
     modules = {"unet": parts.unet, "vae": parts.autoencoder.vae}
-    towers = _towers(parts)
+    towers = parts.towers
     modules |= {name: tower.model for name, tower in towers.items()}
     tokenizers = {tokenizer_of(name): tower.tokenizer for name, tower in towers.items()}
     vocabulary = parts.vocabulary.model_dump(mode="json") if parts.vocabulary else None
@@ -187,23 +202,12 @@ def save_model(
         write_json(index, staging / "model_index.json")
 
 
-def _towers(parts: ModelParts) -> dict[str, TextEncoder]:
-    """The text encoders by their names in model_index.json."""
-    from latentdiff.models.text_encoder import TextEncoder
-
-    encoder = parts.text_encoder
-    if isinstance(encoder, TextEncoder):
-        return {"text_encoder": encoder}
-    names = ("text_encoder", "text_encoder_2")[-len(encoder.towers) :]
-    return dict(zip(names, encoder.towers, strict=True))
-
-
 def _configs(parts: ModelParts) -> dict[str, dict[str, Any]]:
     """What describes each part in JSON, but the tokenizers."""
     # transformers would otherwise compute in the dtype of the file, beside a U-Net in float32.
     towers = {
         name: {**_public(tower.model.config.to_dict()), "dtype": "float32"}
-        for name, tower in _towers(parts).items()
+        for name, tower in parts.towers.items()
     }
     return {
         "unet": parts.unet.config.to_diffusers(),
@@ -218,13 +222,8 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def read_vocabulary(directory: Path) -> ScenesConfig | None:
+def read_scenes(source: Source) -> ScenesConfig | None:
     """The scenes that a model was trained on, None for one trained on something else."""
-    path = directory / "vocabulary.json"
-    return validated(ScenesConfig, read_json(path), path) if path.exists() else None
-
-
-def _scenes(source: Source) -> ScenesConfig | None:
     values = source.vocabulary()
     path = source.path / "vocabulary.json" if source.path.is_dir() else source.path
     return None if values is None else validated(ScenesConfig, values, path)
@@ -247,7 +246,7 @@ def _index(parts: ModelParts) -> dict[str, Any]:
             index["requires_aesthetics_score"] = parts.requires_aesthetics_score
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    for name, tower in _towers(parts).items():
+    for name, tower in parts.towers.items():
         index[name] = ["transformers", type(tower.model).__name__]
         index[tokenizer_of(name)] = ["transformers", type(tower.tokenizer).__name__]
     return index

@@ -1,13 +1,25 @@
-"""Models by their name on the Hugging Face hub, through its cache and no further than needed."""
+"""Where models are: on the disk, in the package, or on the Hugging Face hub by their name."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import VARIANT, weights_name, whole_weights
+from latentdiff.model_files import (
+    CONVERT,
+    CONVERT_FILE,
+    PICKLES,
+    VARIANT,
+    weights_name,
+    whole_weights,
+)
+
+BUNDLED = "emoji"
+"""Name of the model that comes with the package."""
+SINGLE_FILE = ".safetensors"
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 """owner/name, optionally @revision: a branch, a tag or a commit."""
@@ -21,6 +33,41 @@ CONFIGS = (
     *(f"{folder}/*.txt" for folder in FOLDERS),
 )
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def model_path(model: str | os.PathLike[str] | None = None) -> Path:
+    """The directory or .safetensors file of a model: a path, a name on the Hugging Face hub as
+    owner/name[@revision], which is downloaded where it is not in the hub's cache, or the bundled
+    model's name (also None). What is on disk goes before the hub.
+
+    Raises InputError where there is none.
+    """
+    return found_path(model, download_model)
+
+
+def found_path(
+    model: str | os.PathLike[str] | None, download: Callable[[str], Path], what: str = "model"
+) -> Path:
+    """model_path, with `download` for names on the hub."""
+    if not isinstance(model, str | os.PathLike | None):
+        raise InputError(f"{what} must be a path or a name, not {model!r}.")
+    if model is None or model == BUNDLED:
+        return Path(__file__).parent / "pretrained" / BUNDLED
+    path = Path(model).expanduser()
+    if path.suffix in PICKLES and not path.is_dir():
+        convert = CONVERT_FILE if path.suffix == ".ckpt" else CONVERT
+        raise InputError(f"{path} is a pickle, which can run code when opened; {convert}")
+    if path.is_dir() or (path.is_file() and path.suffix == SINGLE_FILE):
+        return path
+    if path.suffix == SINGLE_FILE:
+        raise InputError(f"There is no file {path}; give the path of a {what}.")
+    if not path.exists() and isinstance(model, str) and is_hub_name(model):
+        return download(model)
+    raise InputError(
+        f"There is no {what} directory at {path}; give the path of one in diffusers' layout or of "
+        f"a {SINGLE_FILE} file, a name on the Hugging Face hub (owner/name), or {BUNDLED!r} for "
+        "the bundled model."
+    )
 
 
 def is_hub_name(model: str) -> bool:

@@ -228,8 +228,8 @@ WEIGHTS = ("unet", "vae", "text_encoder")
 
 
 def model_directory(model: str | os.PathLike[str] | None = None) -> Path:
-    """sources.model_path, under its earlier name."""
-    from latentdiff.sources import model_path
+    """hub.model_path, under its earlier name."""
+    from latentdiff.hub import model_path
 
     return model_path(model)
 

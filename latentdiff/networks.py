@@ -10,7 +10,7 @@ import torch
 
 from latentdiff.compvis_names import UNET, VAE, Layout, vae_names
 from latentdiff.errors import InputError
-from latentdiff.hub import download_autoencoder
+from latentdiff.hub import download_autoencoder, found_path
 from latentdiff.model_files import (
     read_json,
     read_weights,
@@ -20,7 +20,7 @@ from latentdiff.model_files import (
 )
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.single_file import SingleFileSource
-from latentdiff.sources import Source, found_path
+from latentdiff.sources import Source
 from latentdiff.weights import load_module
 
 if TYPE_CHECKING:

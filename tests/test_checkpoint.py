@@ -166,6 +166,23 @@ class TestSaving:
         assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
 
 
+def test_an_earlier_model_comes_back_if_the_new_one_cannot_take_its_place(
+    tiny_parts: ModelParts, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = file_bytes(copy), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target == copy and not path.name.endswith(".earlier"):
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"):
+        save_model(tiny_parts, copy)
+    assert file_bytes(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
 class Payload:
     """Runs code when unpickled."""
 
