@@ -36,7 +36,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, out: int, condition: int | None = None) -> None:
         super().__init__()
-        self.cond_proj = None if condition is None else nn.Linear(condition, width, bias=False)
+        if condition is not None:
+            self.cond_proj = nn.Linear(condition, width, bias=False)
         self.linear_1 = nn.Linear(width, out)
         self.linear_2 = nn.Linear(out, out)
 
@@ -68,6 +69,7 @@ class ResnetBlock2D(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q [B, H, N, d], k and v [B, H, L, d] -> [B, H, N, d].
 
+    PyTorch keeps the scores in fp32 whatever q's dtype, so that they do not overflow in fp16.
     On CPUs bfloat16 is computed in fp32: PyTorch's bfloat16 backward pass is several times slower.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:

@@ -107,16 +107,9 @@ class UNetConfig(Config):
         for name in ("addition_time_embed_dim", "time_cond_proj_dim"):
             if (getattr(self, name) or 0) % 2:
                 raise ValueError(f"{name} must be even: sines and cosines")
-        additions = (
-            self.addition_embed_type,
-            self.addition_time_embed_dim,
-            self.projection_class_embeddings_input_dim,
-        )
-        if len({value is None for value in additions}) > 1:
-            raise ValueError(
-                "addition_embed_type, addition_time_embed_dim and "
-                "projection_class_embeddings_input_dim come together or not at all"
-            )
+        widths = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
+        if any((width is None) != (self.addition_embed_type is None) for width in widths):
+            raise ValueError("addition_embed_type and its widths come together or not at all")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_num_groups or channels % heads:
                 raise ValueError(
@@ -285,11 +278,8 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         time = 4 * widths[0]
         self.time_embedding = TimestepEmbedding(widths[0], time, config.time_cond_proj_dim)
-        self.add_embedding = None
-        if config.projection_class_embeddings_input_dim is not None:
-            self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, time
-            )
+        if (width := config.projection_class_embeddings_input_dim) is not None:
+            self.add_embedding = TimestepEmbedding(width, time)
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(
@@ -320,51 +310,45 @@ class UNet(nn.Module):
                 height and width, in pixels; of refiners [B, 5]: the first four, aesthetic score.
             extra: [B, C', h, w], concatenated to the scaled sample; inpainting models read the
                 mask, 1 where they paint, then the latents of the masked picture.
-            guidance_scale: w of models that were distilled with it, and of them alone.
+            guidance_scale: of models that were distilled with it, and of them alone.
 
         Raises InputError for what the model needs and lacks, or has no use for.
         """
-        return Conditioning(
-            [block.attn2.keys_values(hidden) for block in self._transformer_blocks()],
-            self._added(pooled, time_ids),
-            extra,
-            self._guidance(guidance_scale, hidden),
-        )
+        config = self.config
+        for name, value, width in (
+            ("pooled", pooled, config.addition_time_embed_dim),
+            ("time_ids", time_ids, config.addition_time_embed_dim),
+            ("guidance_scale", guidance_scale, config.time_cond_proj_dim),
+        ):
+            if (value is None) != (width is None):
+                raise InputError(f"This U-Net {'takes no' if width is None else 'needs'} {name}.")
+        blocks = [block for block in self.modules() if isinstance(block, BasicTransformerBlock)]
+        text = [block.attn2.keys_values(hidden) for block in blocks]
+        added = guidance = None
+        if pooled is not None and time_ids is not None and config.addition_time_embed_dim:
+            added = self._added(pooled, time_ids, config.addition_time_embed_dim)
+        if guidance_scale is not None and config.time_cond_proj_dim:
+            # Luo et al. (2023), section 4.2, whose w is 0 without guidance.
+            w = torch.full(hidden.shape[:1], 1000 * (guidance_scale - 1), device=hidden.device)
+            waves = timestep_embedding(w, config.time_cond_proj_dim, flip=False, shift=1)
+            guidance = self.time_embedding.cond_proj(waves.to(hidden.dtype))
+        return Conditioning(text, added, extra, guidance)
 
-    def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
+    def _added(self, pooled: Tensor, time_ids: Tensor, width: int) -> Tensor:
         """Podell et al. (2023), section 2.2: sizes are embedded as timesteps are."""
         config = self.config
-        width, whole = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
-        for name, value in (("pooled", pooled), ("time_ids", time_ids)):
-            _check_given(name, value, self.add_embedding)
-        if pooled is None or time_ids is None or self.add_embedding is None or width is None:
-            return None
-        if pooled.shape[1] + width * time_ids.shape[1] != whole:
-            raise InputError(
-                f"This U-Net takes pooled of width {whole} less {width} for each of time_ids; "
-                f"{pooled.shape[1]} and {time_ids.shape[1]} time_ids do not fit."
-            )
         waves = timestep_embedding(time_ids, width, config.flip_sin_to_cos, config.freq_shift)
-        return self.add_embedding(torch.cat([pooled, waves.flatten(1).to(pooled.dtype)], dim=1))
-
-    def _guidance(self, guidance_scale: float | None, hidden: Tensor) -> Tensor | None:
-        """Luo et al. (2023), section 4.2: w counts from no guidance, so it is one less."""
-        projection, width = self.time_embedding.cond_proj, self.config.time_cond_proj_dim
-        _check_given("guidance_scale", guidance_scale, projection)
-        if guidance_scale is None or projection is None or width is None:
-            return None
-        w = torch.full(hidden.shape[:1], 1000 * (guidance_scale - 1), device=hidden.device)
-        return projection(timestep_embedding(w, width, flip=False, shift=1).to(hidden.dtype))
+        both = torch.cat([pooled, waves.flatten(1).to(pooled.dtype)], dim=1)
+        if both.shape[1] != config.projection_class_embeddings_input_dim:
+            raise InputError(
+                f"pooled of width {pooled.shape[1]} and {time_ids.shape[1]} time_ids of {width} "
+                f"each do not make {config.projection_class_embeddings_input_dim}."
+            )
+        return self.add_embedding(both)
 
     def project_text(self, embeddings: Tensor) -> TextKeysValues:
         """The keys and values alone."""
         return self.condition(embeddings).text
-
-    def _transformer_blocks(self) -> Iterator[BasicTransformerBlock]:
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for module in block.modules():
-                if isinstance(module, BasicTransformerBlock):
-                    yield module
 
     def forward(
         self, sample: Tensor, timestep: Tensor, cond: Tensor | Conditioning | TextKeysValues
@@ -400,7 +384,7 @@ class UNet(nn.Module):
         if x.shape[1] != config.in_channels:
             raise InputError(
                 f"The U-Net takes {config.in_channels} channels but was given {x.shape[1]}; "
-                "inpainting models need the mask and the masked latents besides."
+                "inpainting models need the mask and the masked latents."
             )
         x = self.conv_in(x)
         keys_values = iter(cond.text)
@@ -411,8 +395,3 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             x = up(x, maps, time, keys_values)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def _check_given(name: str, value: object, taker: nn.Module | None) -> None:
-    if (value is None) != (taker is None):
-        raise InputError(f"This U-Net {'takes no' if taker is None else 'needs'} {name}.")

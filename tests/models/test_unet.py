@@ -278,8 +278,16 @@ def test_slices_of_the_conditioning_are_views() -> None:
         (SDXL, {}, "needs pooled"),
         (SDXL, {"pooled": torch.ones(3, 80)}, "needs time_ids"),
         (SDXL, {"time_ids": torch.ones(3, 6)}, "needs pooled"),
-        (SDXL, {"pooled": torch.ones(3, 80), "time_ids": torch.ones(3, 5)}, "80 and 5 time_ids"),
-        (SDXL, {"pooled": torch.ones(3, 64), "time_ids": torch.ones(3, 6)}, "64 and 6 time_ids"),
+        (
+            SDXL,
+            {"pooled": torch.ones(3, 80), "time_ids": torch.ones(3, 5)},
+            "of width 80 and 5 time_ids of 16 each do not make 176",
+        ),
+        (
+            SDXL,
+            {"pooled": torch.ones(3, 64), "time_ids": torch.ones(3, 6)},
+            "of width 64 and 6 time_ids",
+        ),
         (SD_1_5, {"pooled": torch.ones(3, 80)}, "takes no pooled"),
         (SD_1_5, {"time_ids": torch.ones(3, 6)}, "takes no time_ids"),
         (SD_1_5, {"guidance_scale": 7.5}, "takes no guidance_scale"),
