@@ -109,10 +109,10 @@ def whole_weights(folder: Path, stem: str) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, each beside it."""
     weight_map = read_json(index, MAX_TOKENIZER_BYTES).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name for name in map(str, names)):
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [""]
+    if not all(isinstance(name, str) and Path(name).name == name != "" for name in names):
         raise InputError(f"{index} does not name the files beside it; copy the model again.")
-    return [index.with_name(name) for name in names]
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def read_weights(

@@ -68,10 +68,11 @@ def load_other_vae(
     path = found_path(vae, download_autoencoder, "VAE")
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
+        config_path = folder / "config.json"
+        config = read_json(config_path)
         files = weights_files(folder, weights_name("vae"))
         tensors = {name: t for file in files for name, t in read_weights(file).items()}
-        config_path = folder / "config.json"
-        return load_module(build_vae, read_json(config_path), config_path, tensors, files[0], dtype)
+        return load_module(build_vae, config, config_path, tensors, files[0], dtype)
     shapes = weight_shapes(path)
     if any(name.startswith(UNET) for name in shapes):
         other = SingleFileSource(path)

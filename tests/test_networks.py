@@ -36,7 +36,7 @@ def tensors(parts: ModelParts) -> dict[str, torch.Tensor]:
 
 
 class TestOtherVae:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def other(self, tiny_parts: ModelParts) -> AutoencoderKL:
         config = {**tiny_parts.autoencoder.vae.config, "scaling_factor": 0.3}
         generator = torch.Generator().manual_seed(5)
