@@ -100,9 +100,7 @@ class TextEncoder(nn.Module):
             return self.model(input_ids=ids).last_hidden_state
         # Padding is what follows the last token that is none: GPT-2's may occur in a text.
         present = (ids != self.tokenizer.pad_token_id).flip(-1).cumsum(dim=-1).flip(-1) > 0
-        attended = present.long()
-        attended[:, 0] = 1  # softmax over nothing is not a number: GPT-2 has no token for ""
-        hidden = self.model(input_ids=ids, attention_mask=attended).last_hidden_state
+        hidden = self.model(input_ids=ids, attention_mask=present.long()).last_hidden_state
         return hidden.masked_fill(~present.unsqueeze(-1), 0)
 
     forward = encode_ids
