@@ -23,7 +23,7 @@ MAX_TEXT_BYTES = 1 << 20
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json")
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
-Name = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(max_length=4096)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{10,64}$")]
 """A SHA-256 in hexadecimal, or its first 10 digits or more, which is what A1111 writes."""
 Pixels = Annotated[int, Field(ge=0, le=1 << 16)]
@@ -100,10 +100,10 @@ class Recipe(Config):
     """Path or name, as it was given."""
     model_sha256: Hash | None = None
     """model_hash of it."""
-    loras: tuple[Lora, ...] = Field(default=(), max_length=64)
+    loras: tuple[Lora, ...] = Field(default=(), max_length=256)
     vae_sha256: Hash | None = None
     """model_hash of the VAE that took the place of the model's own."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
     """Of the U-Net's weights."""
     version: Name | None = __version__
     """Of the latentdiff that made the picture; None is another program."""
