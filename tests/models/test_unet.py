@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentdiff.config import Config
 from latentdiff.errors import InputError
+from latentdiff.families import family_configs
 from latentdiff.models.blocks import Attention, Transformer2DModel, attend
 from latentdiff.models.unet import UNet, UNetConfig
 
@@ -465,6 +466,25 @@ def test_has_the_published_parameters(name: str) -> None:
     assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
     assert ours.downsampling == (4 if name == "SDXL base" else 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction_type", "published"),
+    [
+        ("sd1", "epsilon", SD_1_5),
+        ("sd1_inpaint", "epsilon", SD_INPAINTING),
+        ("sd2", "v_prediction", SD_2_1),
+        ("sd2", "epsilon", SD_2_1 | {"sample_size": 64}),
+        ("sdxl", "epsilon", SDXL),
+        ("sdxl_inpaint", "epsilon", SDXL | {"in_channels": 9}),
+        ("sdxl_refiner", "epsilon", SDXL_REFINER),
+    ],
+)
+def test_single_files_get_the_published_sizes(
+    family: str, prediction_type: str, published: dict[str, Any]
+) -> None:
+    values = family_configs(family, prediction_type)["unet"]
+    assert UNetConfig.from_diffusers(values) == UNetConfig.from_diffusers(published)
 
 
 @pytest.mark.parametrize(
