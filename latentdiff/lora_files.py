@@ -55,7 +55,7 @@ WORDS = (
     "linear_1 linear_2 text_model self_attn q_proj k_proj v_proj out_proj text_projection"
 )
 """Names with underscores of their own: in kohya's keys underscores stand between names, too."""
-WORD = re.compile(f"(?:{'|'.join(WORDS.split())})(?![^_])|[^_]+")
+WORD = re.compile("|".join([*WORDS.split(), "[^_]+"]))
 
 ORIGINAL_ENDS = {
     "input_blocks_0_0": "conv_in",
