@@ -15,9 +15,8 @@ from latentdiff.data.scenes import ScenesConfig
 from latentdiff.diffusion.parameterization import Parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import InputError
-from latentdiff.hub import SINGLE_FILE, model_path
+from latentdiff.hub import SINGLE_FILE, download_autoencoder, found_path, model_path
 from latentdiff.model_files import (
-    read_json,
     staged_directory,
     validated,
     weights_name,
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
     from latentdiff.models.text_encoder import TextEncoder, TextEncoders
 
 M = TypeVar("M", bound=nn.Module)
+
+DIFFUSERS = "0.36.0"
+"""The oldest diffusers that is known to open what save_model writes; its inpainting asks."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def load_model(
         source.pipeline,
         source.flag("force_zeros_for_empty_prompt", True) if xl else False,
         source.flag("requires_aesthetics_score", False) if xl else False,
-        None if vae is None else found_path(vae),
+        None if vae is None else found_path(vae, download_autoencoder, "VAE"),
     )
     _check_fit(loaded)
     return loaded
@@ -233,6 +235,7 @@ def _index(parts: ModelParts) -> dict[str, Any]:
     """The contents of model_index.json."""
     index: dict[str, Any] = {
         "_class_name": parts.pipeline,
+        "_diffusers_version": DIFFUSERS,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", parts.scheduler_config.class_name],

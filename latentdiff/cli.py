@@ -9,16 +9,18 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError, run_command
+from latentdiff.request import SPACINGS
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from latentdiff.pipeline import TextToImage
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MODEL_OPTIONS = ("model", "vae", "loras", "dtype", "device", "offload")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +34,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="latentdiff", description="Pictures from prompts.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     model = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    model.add_argument("--model", help="model directory (default: the bundled model)")
+    model.add_argument(
+        "--model",
+        help="directory, .safetensors file or owner/name on the Hugging Face hub "
+        "(default: the bundled model)",
+    )
+    model.add_argument("--vae", metavar="MODEL", help="another VAE")
+    model.add_argument(
+        "--lora",
+        action="append",
+        dest="loras",
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA; any number of them",
+    )
+    model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    model.add_argument("--device", help="for example cuda (default: cpu)")
+    model.add_argument("--offload", action="store_true", help="keep on the device what computes")
 
     generate = commands.add_parser(
         "generate",
@@ -42,20 +59,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=_generate)
     generate.add_argument("prompt", help='for example "a fox on a blue background"')
-    generate.add_argument(
-        "--output",
-        type=Path,
-        default=Path("out.png"),
-        help="where the picture goes: .png (which keeps prompt, seed and settings), .jpg or "
-        ".webp; several go to out-1.png, out-2.png, ... (default: %(default)s)",
-    )
+    _add_output(generate)
     generate.add_argument("--seed", type=int, help="the same seed makes the same picture")
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     generate.add_argument("--height", type=int, metavar="PIXELS")
     generate.add_argument("--width", type=int, metavar="PIXELS")
     generate.add_argument("--steps", type=int, dest="num_inference_steps", metavar="N")
-    generate.add_argument("--guidance-scale", type=float, metavar="W", help="1 is none")
     generate.add_argument("--sampler", metavar="NAME", help="`latentdiff info` lists them")
+    generate.add_argument("--eta", type=float, metavar="ETA", help="stochasticity of ddim")
+    generate.add_argument("--spacing", metavar="NAME", help="noise levels: " + ", ".join(SPACINGS))
+    generate.add_argument("--guidance-scale", type=float, metavar="W", help="1 is none")
+    generate.add_argument("--guidance", metavar="RULE", help="cfg, or apg: adaptive projected")
+    generate.add_argument("--guidance-rescale", type=float, metavar="PHI", help="from 0 to 1")
+    generate.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas to guide"
+    )
+    generate.add_argument("--clip-skip", type=int, metavar="N", help="1: CLIP's penultimate layer")
+    generate.add_argument(
+        "--literal",
+        action="store_false",
+        dest="weighted",
+        help="take brackets literally, not as weights: (word:1.3)",
+    )
+    generate.add_argument("--image", type=Path, metavar="FILE", help="start from this picture")
+    generate.add_argument("--strength", type=float, help="how far to change it, up to 1")
+    generate.add_argument("--mask", type=Path, metavar="FILE", help="white is painted anew")
     generate.add_argument(
         "--num-images",
         type=int,
@@ -63,59 +91,128 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="picture i has seed + i",
     )
+    generate.add_argument("--tile", type=int, metavar="ROWS", help="decode in strips: less memory")
 
-    info = commands.add_parser("info", parents=[model], help="say what a model knows")
+    replay = commands.add_parser(
+        "replay",
+        parents=[model],
+        help="make a picture again from the recipe in its PNG",
+        argument_default=argparse.SUPPRESS,
+    )
+    replay.set_defaults(command=_replay)
+    replay.add_argument("picture", type=Path, help="a PNG made by latentdiff, or by A1111")
+    _add_output(replay)
+    replay.add_argument("--image", type=Path, metavar="FILE", help="what it started from")
+    replay.add_argument("--mask", type=Path, metavar="FILE", help="where it was painted")
+
+    info = commands.add_parser("info", help="say what a model knows")
     info.set_defaults(command=_info)
+    info.add_argument("--model", help="as for generate")
     info.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     return parser
 
 
-def _generate(prompt: str, output: Path, **settings: Any) -> None:
-    _check_output(output)
-    from latentdiff.pipeline import TruncatedPromptWarning, UnknownWordWarning, generate
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help="where the picture goes: .png (which keeps the recipe), .jpg or .webp; several go to "
+        "out-1.png, out-2.png, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-metadata",
+        action="store_false",
+        dest="metadata",
+        default=True,
+        help="keep prompt and settings out of the PNG",
+    )
+
+
+def _load(
+    model: str | None = None,
+    loras: Sequence[str] = (),
+    dtype: str = "float32",
+    **options: Any,
+) -> TextToImage:
+    import torch
+
+    from latentdiff.pipeline import TextToImage
+
+    loaded = TextToImage.load(model, getattr(torch, dtype), **options)
+    for lora in loras:
+        path, colon, weight = lora.rpartition(":")
+        try:
+            factor = float(weight) if colon else 1.0
+        except ValueError:  # a colon in the path
+            path, factor = lora, 1.0
+        loaded.load_lora(path if colon else lora, factor)
+    return loaded
+
+
+def _generate(prompt: str, output: Path, metadata: bool, **options: Any) -> None:
+    _make(output, metadata, [prompt], options)
+
+
+def _replay(picture: Path, output: Path, metadata: bool, **options: Any) -> None:
+    from latentdiff.pictures import read_image
+    from latentdiff.recipe import model_hash, read_recipe
+
+    recipe = read_recipe(picture)
+    for kind in ("image", "mask"):
+        if (named := getattr(recipe, kind)) is None:
+            continue
+        if kind not in options:
+            raise InputError(f"The picture started from {named.name!r}; give it with --{kind}.")
+        _warn(named.check(read_image(options[kind], kind)))
+    if len(options.get("loras", ())) != len(recipe.loras):
+        names = ", ".join(f"{lora.file}:{lora.weight:g}" for lora in recipe.loras) or "none"
+        raise InputError(f"The picture was made with these LoRAs: {names}; name each with --lora.")
+    options = {"dtype": recipe.dtype, **options}
+    prompt = recipe.prompt
+    arguments = {key: value for key, value in recipe.arguments().items() if key != "prompt"}
+
+    def check(loaded: TextToImage) -> None:
+        if loaded.parts.directory is not None:
+            _warn(recipe.check_model(model_hash(loaded.parts.directory)))
+
+    _make(output, metadata, [prompt], arguments | options, check)
+
+
+def _make(
+    output: Path,
+    metadata: bool,
+    prompts: list[str],
+    options: dict[str, Any],
+    check: Callable[[TextToImage], None] = lambda loaded: None,
+) -> None:
+    from latentdiff.pictures import check_output, save_picture
+
+    check_output(output)
+    from latentdiff.pipeline import TruncatedPromptWarning, UnknownWordWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UnknownWordWarning)
         warnings.simplefilter("always", TruncatedPromptWarning)
         warnings.showwarning = _print_warning  # type: ignore[assignment]
-        images = cast("list[Image.Image]", generate([prompt], **settings))
+        loaded = _load(**{key: options.pop(key) for key in MODEL_OPTIONS if key in options})
+        check(loaded)
+        images = loaded.generate(prompts, progress=sys.stderr.isatty(), **options)
+    assert isinstance(images, list)
     for number, image in enumerate(images, start=1):
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
-        _write(image, path)
+        save_picture(image, path, metadata)
         print(path)
 
 
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in FORMATS:
-        raise InputError(f"--output {output} must end in {', '.join(FORMATS)}.")
-    if output.is_dir():
-        raise InputError(f"--output {output} is a directory; give a file name in it.")
-    if not output.parent.is_dir():
-        raise InputError(f"There is no directory {output.parent} for --output; make it first.")
+def _warn(message: str | None) -> None:
+    if message is not None:
+        _print_warning(message)
 
 
 def _print_warning(message: Warning | str, *_: Any) -> None:
     print(f"latentdiff: warning: {message}", file=sys.stderr)
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    """The file appears whole or not at all; PNG keeps `image.info` as text."""
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    for key, value in image.info.items():
-        text.add_itxt(str(key), str(value))
-    image_format = FORMATS[path.suffix.lower()]
-    options = {"pnginfo": text} if image_format == "PNG" else {"quality": 95}
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        image.save(staging, image_format, **options)
-        staging.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}).") from None
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _info(as_json: bool, model: str | None = None) -> None:
@@ -137,30 +234,24 @@ def _plain(value: Any) -> str:
 
 
 def describe(model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """What a model directory holds and knows, without loading it. Raises InputError."""
-    from latentdiff.checkpoint import read_vocabulary
+    """What a model holds and knows, without loading it. Raises InputError."""
+    from latentdiff.checkpoint import open_source, read_scenes
     from latentdiff.diffusion.samplers import SAMPLERS
-    from latentdiff.model_files import (
-        WEIGHTS,
-        model_directory,
-        read_json,
-        weight_shapes,
-        weights_file,
-    )
     from latentdiff.vocabulary import Vocabulary
 
-    directory = model_directory(model)
-    shapes = {part: weight_shapes(weights_file(directory, part)) for part in WEIGHTS}
-    unet = read_json(directory / "unet" / "config.json")
-    vae = read_json(directory / "vae" / "config.json")
-    side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    scenes = read_vocabulary(directory)
+    source = open_source(model)
+    side = source.config("unet").get("sample_size")
+    levels = len(source.config("vae").get("block_out_channels", ()))
+    known = isinstance(side, int) and levels > 0
+    scenes = read_scenes(source)
     return {
-        "model": str(directory),
-        "license": _license(directory / "README.md"),
-        "resolution": side,
+        "model": str(source.path),
+        "pipeline": source.pipeline,
+        "license": _license(source.path / "README.md"),
+        "resolution": side * 2 ** (levels - 1) if known else "not stated",
         "parameters": {
-            part: sum(math.prod(shape) for shape in of.values()) for part, of in shapes.items()
+            part: sum(math.prod(shape) for shape in source.shapes(part).values())
+            for part in source.networks
         },
         "samplers": list(SAMPLERS),
         **(Vocabulary(scenes).describe() if scenes else {}),

@@ -3,58 +3,85 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
+import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.checkpoint import ModelParts, load_model, save_model
+from latentdiff.conditioning import TruncatedPromptWarning, chunks, condition, is_guided
 from latentdiff.diffusion.denoiser import Denoiser, DenoiserFunction
-from latentdiff.diffusion.guidance import ClassifierFreeGuidance
+from latentdiff.diffusion.guidance import (
+    EVERYWHERE,
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+)
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import InputError
-from latentdiff.model_files import model_directory
-from latentdiff.models.unet import TextKeysValues
-from latentdiff.request import (
-    Picture,
-    Settings,
-    check_sampler,
-    check_scale,
-    check_side,
-    read_pictures,
-    whole_number,
-)
+from latentdiff.hub import model_path
+from latentdiff.inputs import Start, blend, read_start
+from latentdiff.lora import Adapters
+from latentdiff.lora_files import read_lora
+from latentdiff.models.preview import LatentPreview
+from latentdiff.models.prompt import plain_text
+from latentdiff.pictures import ImageSource
+from latentdiff.recipe import Lora, Recipe, model_hash
+from latentdiff.request import Picture, Settings, read_pictures, read_settings
 from latentdiff.rng import keyed_normal, picture_noise
 from latentdiff.vocabulary import UnknownWordWarning, Vocabulary
 
-__all__ = ["TextToImage", "TruncatedPromptWarning", "UnknownWordWarning", "generate"]
+__all__ = ["Progress", "TextToImage", "TruncatedPromptWarning", "UnknownWordWarning", "generate"]
 
 BATCH = 8
 """Pictures that are made together; no picture depends on it."""
 
 
-class TruncatedPromptWarning(UserWarning):
-    """A prompt has more tokens than the text encoder reads."""
+@dataclass(frozen=True)
+class Progress:
+    """Where TextToImage.stream has got to."""
+
+    step: int
+    """Steps taken, over all batches."""
+    total: int
+    """Steps in all; equal to `step` in the last Progress."""
+    images: list[Image.Image]
+    """Previews of the batch in work; in the last Progress the finished pictures, all of them."""
 
 
 class TextToImage:
-    """A loaded model. Pictures depend on their prompt, seed and settings alone."""
+    """A loaded model. Pictures depend on their prompt, seed and settings alone.
 
-    def __init__(self, parts: ModelParts) -> None:
+    Args:
+        parts: the networks, all on one device.
+        offload_to: a device to compute on when the networks are on the CPU: each goes there for
+            as long as it is needed, so that the largest alone must fit.
+    """
+
+    def __init__(self, parts: ModelParts, offload_to: str | torch.device | None = None) -> None:
         self.parts = parts
         self.vocabulary = Vocabulary(parts.vocabulary) if parts.vocabulary else None
         weight = next(parts.unet.parameters())
-        self._device, self._dtype = weight.device, weight.dtype
-        parts.autoencoder.to(self._device)
-        parts.text_encoder.to(self._device)
+        self._dtype = weight.dtype
+        self._offload = offload_to is not None
+        self._device = weight.device if offload_to is None else torch.device(offload_to)
+        if offload_to is None:
+            parts.autoencoder.to(self._device)
+            parts.text_encoder.to(self._device)
         for network in (parts.unet, parts.autoencoder):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        towers = {name: tower.model for name, tower in parts.towers.items()}
+        self.adapters = Adapters({"unet": parts.unet, **towers})
+        self._loras: dict[str, Path] = {}
 
     @classmethod
     def load(
@@ -62,44 +89,90 @@ class TextToImage:
         model: str | os.PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        *,
+        offload: bool = False,
+        vae: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
     ) -> TextToImage:
-        """Read a model directory, by default the bundled model; see checkpoint.load_model."""
-        return cls(load_model(model, dtype, device))
+        """Read a model, by default the bundled one; see checkpoint.load_model.
 
-    def save(self, directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write a model directory with weights stored as `dtype`; see checkpoint.save_model."""
-        save_model(self.parts, directory, dtype)
+        With `offload` the networks wait on the CPU and go to `device` one at a time.
+        """
+        parts = load_model(model, dtype, "cpu" if offload else device, vae, prediction_type)
+        return cls(parts, device if offload else None)
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write the model, fused LoRAs included, with weights stored as `dtype`.
+
+        A path that ends in .safetensors is one file; see checkpoint.save_model.
+        """
+        save_model(self.parts, path, dtype)
+
+    def load_lora(
+        self, path: str | os.PathLike[str], weight: float = 1.0, name: str | None = None
+    ) -> str:
+        """Attach a LoRA file of diffusers', peft's or kohya's naming, beside those there are.
+
+        Returns its name, by default the file's; see `adapters` for set_weights, fuse, unfuse and
+        remove. Raises InputError, and changes nothing, when it does not fit.
+        """
+        path = Path(path)
+        name = name or path.stem
+        self.adapters.add(name, read_lora(path), weight)
+        self._loras[name] = path
+        return name
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 4.0,
-        sampler: str = "ddim",
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
+        tile: int | None = None,
+        progress: bool = False,
+        **settings: Any,
     ) -> Image.Image | list[Image.Image]:
         """Make pictures from one prompt or several.
 
         Args:
-            prompt: what to show; a list makes a list of pictures.
+            prompt: what to show; a list makes a list of pictures. CLIP reads prompts of any length
+                and A1111's weights: (word:1.3), [word].
             negative_prompt: what to steer away from, one for all prompts or one for each.
-            height, width: in pixels; by default the size the model was trained at.
-            num_inference_steps: calls of the U-Net, from 1 to the training schedule's length.
-            guidance_scale: w of Ho & Salimans (2022) in uncond + w * (cond - uncond). 1 turns
-                guidance off, and the negative prompt with it.
-            sampler: a name in diffusion.samplers.SAMPLERS.
             seed: from 0 to 2**32 - 1. Picture i of a call has seed + i; a list names one for each
                 picture; None draws one from the operating system.
             num_images_per_prompt: pictures of the same prompt stand next to each other.
+            image: a picture, or its file, to start from; sets height and width.
+            mask: white where the image is to be painted anew. Without an inpainting model the rest
+                is held at every step; the rest of the result is the image's own in any case.
+            tile: decode this many rows of latents at a time, 8 for instance: the same picture to
+                rounding, in less memory.
+            progress: show a bar on stderr.
+            height, width: in pixels; by default the size the model was trained at.
+            num_inference_steps: 25 by default, at most the training schedule's length; heun, dpm2
+                and dpmpp_sde call the U-Net twice a step.
+            guidance_scale: w of Ho & Salimans (2022) in uncond + w * (cond - uncond). 1 turns
+                guidance off, and the negative prompt with it. By default 4, 5 (SDXL) or 7.5 (SD).
+            sampler: a name in diffusion.samplers.SAMPLERS, by default "ddim"; eta: its
+                stochasticity, where it has one.
+            spacing: of the noise levels: "trailing", "leading", "linspace", "karras" or
+                "exponential"; by default the model's.
+            guidance: "cfg" or "apg", adaptive projected guidance (Sadat et al. 2024).
+            guidance_rescale: phi of Lin et al. (2023), from 0 to 1.
+            guidance_interval: (low, high), the sigmas to guide at (Kynkaanniemi et al. 2024).
+            clip_skip: layers of CLIP to leave out, as diffusers counts them, for prompt and
+                negative prompt.
+            weighted: False takes brackets in prompts literally.
+            strength: share of the noise levels that an image is taken back through, 1 by default.
+            original_size, crops_coords_top_left, target_size: (height, width) that SDXL reads;
+                aesthetic_score, negative_aesthetic_score: that its refiner reads.
 
         Returns:
-            RGB pictures whose `info` holds prompt, seed and settings; one picture, not a list,
-            for a single prompt string with num_images_per_prompt=1.
+            RGB pictures whose `info` holds A1111's `parameters` and the recipe, which
+            pictures.save_picture writes; one picture, not a list, for a single prompt string with
+            num_images_per_prompt=1.
 
         Raises:
             InputError: for anything that cannot be done, before any work.
@@ -108,71 +181,158 @@ class TextToImage:
             UnknownWordWarning: a word that the model never saw in training.
             TruncatedPromptWarning: a prompt longer than the text encoder reads.
         """
-        settings = self._settings(height, width, num_inference_steps, guidance_scale, sampler)
+        steps = self.stream(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+            image=image,
+            mask=mask,
+            tile=tile,
+            previews=False,
+            **settings,
+        )
+        *_, last = _with_bar(steps) if progress else steps
+        return last.images[0] if isinstance(prompt, str) and len(last.images) == 1 else last.images
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
+        tile: int | None = None,
+        previews: bool = True,
+        **settings: Any,
+    ) -> Iterator[Progress]:
+        """Like generate, step by step: a Progress after each, the last with the finished pictures.
+
+        Everything is checked, and errors are raised, before the iterator is returned. Leaving the
+        loop cancels the rest.
+        """
+        start = read_start(image, mask, self.parts) if image is not None else None
+        if image is None and mask is not None:
+            raise InputError("mask says where to paint an image anew; give image= too.")
+        if start is None and "Inpaint" in self.parts.pipeline:
+            raise InputError("This is an inpainting model; give image= and mask=.")
+        if start is not None:
+            sizes = {"height": start.height, "width": start.width}
+            if any(settings.get(name) not in (None, size) for name, size in sizes.items()):
+                raise InputError("The image sets height and width; leave them out, or resize it.")
+            settings |= sizes
+        asked = read_settings(self.parts, from_image=start is not None, **settings)
         pictures = read_pictures(prompt, negative_prompt, seed, num_images_per_prompt)
-        self._warn_of_unknown_words(pictures)
-        images: list[Image.Image] = []
-        for start in range(0, len(pictures), BATCH):
-            images += self._make(pictures[start : start + BATCH], settings)
-        return images[0] if isinstance(prompt, str) and len(images) == 1 else images
+        self._warn_of_unknown_words(pictures, asked.weighted)
+        return self._run(pictures, asked, start, tile, previews)
+
+    def _run(
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        start: Start | None,
+        tile: int | None,
+        previews: bool,
+    ) -> Iterator[Progress]:
+        batches = list(self._batches(pictures, settings))
+        steps = len(self._sigmas(settings, start)) - 1
+        total, images = steps * len(batches), list[Image.Image]()
+        for number, batch in enumerate(batches):
+            for done, state in enumerate(self._sample(batch, settings, start), number * steps + 1):
+                latents, denoised = state
+                if done < total:
+                    yield Progress(done, total, self._preview(denoised) if previews else [])
+            images += self._decode(batch, settings, start, latents, tile)
+        yield Progress(total, total, images)
+
+    def _batches(self, pictures: Sequence[Picture], settings: Settings) -> Iterator[list[Picture]]:
+        """Neighbours of equally many chunks of tokens, at most BATCH."""
+        for _, alike in itertools.groupby(pictures, lambda p: chunks(self.parts, p, settings)):
+            group = list(alike)
+            yield from (group[first : first + BATCH] for first in range(0, len(group), BATCH))
 
     @torch.inference_mode()
-    def _make(self, pictures: Sequence[Picture], settings: Settings) -> list[Image.Image]:
-        parts = self.parts
-        sigmas = self._sigmas(settings)
-        texts = [picture.prompt for picture in pictures]
+    def _sample(
+        self, pictures: Sequence[Picture], settings: Settings, start: Start | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """After each step the latents, scaled as they will be decoded, and the denoised."""
+        parts, device = self.parts, self._device
+        extra = None
+        if start is not None:
+            with self._placed(parts.autoencoder):
+                start = start.encoded(parts.autoencoder, device)
+            extra = start.extra
+        with self._placed(parts.text_encoder), self._placed(parts.unet):
+            cond = condition(parts, pictures, settings, extra, device)
         denoiser: DenoiserFunction = Denoiser(self._network, parts.schedule, parts.parameterization)
-        if settings.guidance_scale != 1:
-            texts = [picture.negative_prompt for picture in pictures] + texts
-            denoiser = ClassifierFreeGuidance(denoiser, settings.guidance_scale)
-        text = parts.unet.project_text(self._embed(texts))
+        if is_guided(parts, settings):
+            denoiser = _guided(denoiser, settings)
 
-        # Algorithm 2 of Ho et al. (2020) starts at x_T ~ N(0, I); x = x_T / sqrt(alphas_cumprod).
-        x = torch.sqrt(1 + sigmas[0] ** 2) * self._noise(pictures, settings)
+        sigmas = self._sigmas(settings, start).to(device)
+        noise = self._noise(pictures, settings).to(device)
+        if start is None or start.from_noise(settings.strength):
+            # Algorithm 2 of Ho et al. (2020) starts at x_T ~ N(0, I), x = x_T / sqrt(abar_T).
+            x = torch.sqrt(1 + sigmas[0] ** 2) * noise
+        else:
+            x = start.latents + sigmas[0] * noise
+        if start is not None and start.held is not None:
+            denoiser = blend(denoiser, start.held, start.latents, noise)
         fresh = functools.partial(_fresh_noise, pictures, x)
-        for step in SAMPLERS[settings.sampler](denoiser, x, sigmas, text, noise=fresh):
-            x = step.x
-        latents = x / torch.sqrt(1 + sigmas[-1] ** 2)
+        options = {} if settings.eta is None else {"eta": settings.eta}
+        sampler = SAMPLERS[settings.sampler]
+        with self._placed(parts.unet):
+            for step in sampler(denoiser, x, sigmas, cond, noise=fresh, **options):
+                yield step.x / math.sqrt(1 + step.sigma**2), step.denoised
 
-        images = _to_pil(parts.autoencoder.decode(latents.to(self._dtype)))
+    @torch.inference_mode()
+    def _decode(
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        start: Start | None,
+        latents: Tensor,
+        tile: int | None,
+    ) -> list[Image.Image]:
+        with self._placed(self.parts.autoencoder):
+            decoded = self.parts.autoencoder.decode(latents, tile).float().cpu()
+        if start is not None:
+            decoded = start.keep(decoded)
+        images = to_pil(decoded)
+        facts = self._facts(start)
         for image, picture in zip(images, pictures, strict=True):
-            image.info.update(asdict(picture), **asdict(settings))
+            recipe = Recipe(**asdict(picture), **asdict(settings), **facts)
+            image.info.update(recipe.to_png_text())
         return images
 
-    def _network(self, sample: Tensor, timestep: Tensor, text: TextKeysValues) -> Tensor:
+    def _network(self, sample: Tensor, timestep: Tensor, cond: Any) -> Tensor:
         """The U-Net in its own dtype, whatever that of the sampler's x."""
-        return self.parts.unet(sample.to(self._dtype), timestep, text)
+        return self.parts.unet(sample.to(self._dtype), timestep, cond)
 
-    def _settings(
-        self,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int,
-        guidance_scale: float,
-        sampler: str,
-    ) -> Settings:
-        parts = self.parts
-        factor = parts.autoencoder.scale_factor
-        default = parts.unet.config.sample_size * factor
-        multiple = factor * parts.unet.downsampling
-        most = parts.scheduler_config.num_train_timesteps
-        return Settings(
-            check_side(height, "height", default, multiple),
-            check_side(width, "width", default, multiple),
-            whole_number(num_inference_steps, "num_inference_steps", 1, most),
-            check_scale(guidance_scale),
-            check_sampler(sampler, list(SAMPLERS)),
-        )
+    @contextmanager
+    def _placed(self, network: nn.Module) -> Iterator[None]:
+        """The network is on the device that computes, for as long as it is needed there."""
+        if not self._offload:
+            yield
+            return
+        network.to(self._device)
+        try:
+            yield
+        finally:
+            network.to("cpu")
 
-    def _sigmas(self, settings: Settings) -> Tensor:
+    def _sigmas(self, settings: Settings, start: Start | None) -> Tensor:
         """The noise levels [N + 1] that sampling visits, descending."""
         config, schedule = self.parts.scheduler_config, self.parts.schedule
-        sigmas = schedule.sampling_sigmas(
-            settings.num_inference_steps, config.timestep_spacing, config.steps_offset
-        )
+        spacing: Any = settings.spacing or config.spacing
+        if settings.spacing is None and settings.sampler == "lcm":
+            spacing = "trailing"  # what consistency models are distilled to start from
+        count = settings.num_inference_steps
+        sigmas = schedule.sampling_sigmas(count, spacing, config.steps_offset)
         if settings.sampler == "ddim" and not config.set_alpha_to_one:
             sigmas[-1] = schedule.sigmas[0]
-        return sigmas.to(self._device)
+        return sigmas if start is None else sigmas[count - int(count * (settings.strength or 1)) :]
 
     def _noise(self, pictures: Sequence[Picture], settings: Settings) -> Tensor:
         """Initial noise [B, C, h, w], one generator for each picture."""
@@ -182,31 +342,44 @@ class TextToImage:
             settings.height // factor,
             settings.width // factor,
         )
-        return picture_noise([picture.seed for picture in pictures], shape).to(self._device)
+        return picture_noise([picture.seed for picture in pictures], shape)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        """[B, L, D], each distinct text encoded once."""
-        distinct = list(dict.fromkeys(texts))
-        embeddings = self.parts.text_encoder.encode(distinct)
-        for rest in embeddings.truncated:
-            warnings.warn(
-                f"The prompt is longer than {embeddings.ids.shape[1]} tokens; "
-                f"the model does not read its end: {rest!r}.",
-                TruncatedPromptWarning,
-                stacklevel=5,
-            )
-        return embeddings.hidden[[distinct.index(text) for text in texts]]
+    @functools.cached_property
+    def preview(self) -> LatentPreview:
+        """Latents to pictures for stream; set it to LatentPreview.tiny(...) for sharper ones."""
+        with self._placed(self.parts.autoencoder):
+            return LatentPreview.fit(self.parts.autoencoder)
 
-    def _warn_of_unknown_words(self, pictures: Sequence[Picture]) -> None:
+    def _preview(self, denoised: Tensor) -> list[Image.Image]:
+        height, width = (side * self.parts.autoencoder.scale_factor for side in denoised.shape[2:])
+        return self.preview.pictures(denoised, width, height)
+
+    def _facts(self, start: Start | None) -> dict[str, Any]:
+        """What a recipe says beside prompt and settings."""
+        parts, facts = self.parts, dict[str, Any]()
+        facts["dtype"] = str(self._dtype).removeprefix("torch.")
+        if parts.directory is not None:
+            facts |= {"model": parts.directory.name, "model_sha256": model_hash(parts.directory)}
+        if parts.other_vae is not None:
+            facts["vae_sha256"] = model_hash(parts.other_vae)
+        facts["loras"] = tuple(
+            Lora(file=self._loras[name].name, sha256=model_hash(self._loras[name]), weight=weight)
+            for name, weight in self.adapters.weights.items()
+            if name in self._loras
+        )
+        return facts if start is None else facts | start.names
+
+    def _warn_of_unknown_words(self, pictures: Sequence[Picture], weighted: bool) -> None:
         if self.vocabulary is None:
             return
         texts = dict.fromkeys(p for q in pictures for p in (q.prompt, q.negative_prompt))
-        unknown = {w: near for text in texts for w, near in self.vocabulary.unknown(text).items()}
+        plain = [plain_text(text) if weighted else text for text in texts]
+        unknown = {w: near for text in plain for w, near in self.vocabulary.unknown(text).items()}
         for word, near in unknown.items():
             warnings.warn(
                 f"This model never saw the word {word!r}; the nearest it knows: {', '.join(near)}.",
                 UnknownWordWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -215,16 +388,26 @@ def generate(
     model: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Image.Image | list[Image.Image]:
-    """TextToImage.generate on the bundled model, or on the model directory `model`.
+    """TextToImage.generate on the bundled model, or on `model`: a directory, file or hub name.
 
-    The last two models stay loaded; use TextToImage.load for a model that changes on disk.
+    The last two models stay loaded. Use TextToImage.load for another dtype or device, and for a
+    model that changes on disk.
     """
-    return _loaded(model_directory(model).resolve()).generate(prompt, **settings)
+    return _loaded(model_path(model).resolve()).generate(prompt, **settings)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(directory: Path) -> TextToImage:
-    return TextToImage.load(directory)
+def _loaded(path: Path) -> TextToImage:
+    return TextToImage.load(path)
+
+
+def _guided(denoiser: DenoiserFunction, settings: Settings) -> DenoiserFunction:
+    interval = settings.guidance_interval or EVERYWHERE
+    if settings.guidance == "apg":
+        return AdaptiveProjectedGuidance(denoiser, settings.guidance_scale, interval=interval)
+    return ClassifierFreeGuidance(
+        denoiser, settings.guidance_scale, rescale=settings.guidance_rescale, interval=interval
+    )
 
 
 def _fresh_noise(pictures: Sequence[Picture], x: Tensor, index: int) -> Tensor:
@@ -233,7 +416,7 @@ def _fresh_noise(pictures: Sequence[Picture], x: Tensor, index: int) -> Tensor:
     return torch.cat(rows).to(x.device)
 
 
-def _to_pil(images: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """Images [B, 3, H, W] in [-1, 1] to 8-bit RGB. Raises InputError where they are not finite."""
     if not torch.isfinite(images).all():
         raise InputError(
@@ -242,3 +425,13 @@ def _to_pil(images: Tensor) -> list[Image.Image]:
         )
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _with_bar(steps: Iterator[Progress]) -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(unit="step", file=sys.stderr) as bar:
+        for progress in steps:
+            bar.total = progress.total
+            bar.update(progress.step - bar.n)
+            yield progress

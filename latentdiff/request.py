@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError
 
+if TYPE_CHECKING:
+    from latentdiff.checkpoint import ModelParts
+
 MAX_PICTURES = 1024
-MAX_SIDE = 2048
+MAX_SIDE = 8192
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**32 - 1
 """Of more than 32 bits PyTorch's generator on the CPU reads the lower ones alone."""
+
+SPACINGS = ("trailing", "leading", "linspace", "karras", "exponential")
+GUIDANCE = ("cfg", "apg")
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,149 @@ class Picture:
 
 @dataclass(frozen=True)
 class Settings:
-    """How all pictures of a call are made; height and width in pixels."""
+    """How all pictures of a call are made; sizes are (height, width) in pixels.
+
+    Named as in TextToImage.generate and recipe.Recipe. None is what the model does by itself, or
+    what it has no use for.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    guidance: str
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
+    eta: float | None
+    spacing: str | None
+    clip_skip: int | None
+    weighted: bool
+    strength: float | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
+
+
+def read_settings(
+    parts: ModelParts,
+    *,
+    from_image: bool,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 25,
+    guidance_scale: float | None = None,
+    sampler: str = "ddim",
+    guidance: str = "cfg",
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    eta: float | None = None,
+    spacing: str | None = None,
+    clip_skip: int | None = None,
+    weighted: bool = True,
+    strength: float | None = None,
+    original_size: tuple[int, int] | None = None,
+    crops_coords_top_left: tuple[int, int] | None = None,
+    target_size: tuple[int, int] | None = None,
+    aesthetic_score: float | None = None,
+    negative_aesthetic_score: float | None = None,
+) -> Settings:
+    """The settings of one call with the model's defaults; see TextToImage.generate.
+
+    Raises InputError for a value that cannot be, and for one that the model has no use for.
+    """
+    factor = parts.autoencoder.scale_factor
+    default, multiple = parts.unet.config.sample_size * factor, factor * parts.unet.downsampling
+    height = check_side(height, "height", default, multiple)
+    width = check_side(width, "width", default, multiple)
+    most = parts.scheduler_config.num_train_timesteps
+    steps = whole_number(num_inference_steps, "num_inference_steps", 1, most)
+    if guidance_scale is None:
+        guidance_scale = default_guidance_scale(parts)
+    sampler = check_sampler(sampler)
+    if eta is not None:
+        eta = number(eta, "eta", 0, math.inf)
+        if not takes_eta(sampler):
+            raise InputError(f"The sampler {sampler} has no eta; leave it out.")
+    if not from_image and strength is not None:
+        raise InputError("strength says how far to change an image; give image= too.")
+    rescale = number(guidance_rescale, "guidance_rescale", 0, 1)
+    if rescale and guidance != "cfg":
+        raise InputError("guidance_rescale belongs to the guidance cfg; leave one of them out.")
+    sizes = {
+        "original_size": original_size,
+        "crops_coords_top_left": crops_coords_top_left,
+        "target_size": target_size,
+    }
+    scores = {
+        "aesthetic_score": aesthetic_score,
+        "negative_aesthetic_score": negative_aesthetic_score,
+    }
+    return Settings(
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=number(guidance_scale, "guidance_scale", 0, math.inf),
+        sampler=sampler,
+        guidance=check_choice(guidance, "guidance", GUIDANCE),
+        guidance_rescale=rescale,
+        guidance_interval=check_interval(guidance_interval),
+        eta=eta,
+        spacing=None if spacing is None else check_choice(spacing, "spacing", SPACINGS),
+        clip_skip=None if clip_skip is None else whole_number(clip_skip, "clip_skip", 0, 64),
+        weighted=bool(weighted),
+        strength=check_strength(1.0 if strength is None else strength, steps)
+        if from_image
+        else None,
+        **_sdxl_sizes(parts, (height, width), sizes),
+        **_sdxl_scores(parts, scores),
+    )
+
+
+def default_guidance_scale(parts: ModelParts) -> float:
+    """What people use: 4 for the bundled model's kind, 5 for SDXL, 7.5 for Stable Diffusion."""
+    if parts.vocabulary is not None:
+        return 4.0
+    return 5.0 if is_sdxl(parts) else 7.5
+
+
+def is_sdxl(parts: ModelParts) -> bool:
+    """Whether the U-Net also reads a pooled embedding and sizes (Podell et al. 2023)."""
+    return parts.unet.config.addition_embed_type is not None
+
+
+def _sdxl_sizes(
+    parts: ModelParts, made: tuple[int, int], given: dict[str, Any]
+) -> dict[str, tuple[int, int] | None]:
+    """Podell et al. (2023), section 2.2: by default an uncropped picture of the size made."""
+    if not is_sdxl(parts):
+        _refuse(given, "SDXL")
+        return dict.fromkeys(given)
+    defaults = {"crops_coords_top_left": (0, 0)}
+    return {
+        name: check_pair(defaults.get(name, made) if value is None else value, name)
+        for name, value in given.items()
+    }
+
+
+def _sdxl_scores(parts: ModelParts, given: dict[str, Any]) -> dict[str, float | None]:
+    """diffusers' defaults for SDXL's refiner."""
+    if not parts.requires_aesthetics_score:
+        _refuse(given, "SDXL's refiner")
+        return dict.fromkeys(given)
+    defaults = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
+    return {
+        name: number(defaults[name] if value is None else value, name, 0, 10)
+        for name, value in given.items()
+    }
+
+
+def _refuse(given: dict[str, Any], whose: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} conditions {whose}; this model does not read it.")
 
 
 def read_pictures(
@@ -74,23 +217,54 @@ def read_pictures(
 def whole_number(value: Any, name: str, least: int, most: int) -> int:
     """`value` as an int in [least, most]. Raises InputError otherwise."""
     try:
-        number = operator.index(value)
+        whole = operator.index(value)
     except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not least <= number <= most:
+        whole = None
+    if whole is None or isinstance(value, bool) or not least <= whole <= most:
         raise InputError(f"{name} is {value!r}; it must be a whole number from {least} to {most}.")
-    return number
+    return whole
 
 
-def check_scale(value: Any) -> float:
-    """A guidance scale. Raises InputError when it is negative or not finite."""
+def number(value: Any, name: str, least: float, most: float) -> float:
+    """`value` as a finite float in [least, most]. Raises InputError otherwise."""
     try:
-        scale = float(value)
+        real = float(value)
     except (TypeError, ValueError):
-        scale = math.nan
-    if not (math.isfinite(scale) and scale >= 0):
-        raise InputError(f"guidance_scale is {value!r}; it must be a finite number, 0 or more.")
-    return scale
+        real = math.nan
+    if not (math.isfinite(real) and least <= real <= most):
+        limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+        raise InputError(f"{name} is {value!r}; it must be a finite number, {limits}.")
+    return real
+
+
+def check_strength(value: Any, steps: int) -> float:
+    """A share of the noise levels, at least one step. Raises InputError otherwise."""
+    strength = number(value, "strength", 0, 1)
+    if int(steps * strength) < 1:
+        raise InputError(
+            f"strength {strength:g} of {steps} steps leaves none to take; raise one of them."
+        )
+    return strength
+
+
+def check_interval(value: Any) -> tuple[float, float] | None:
+    """Noise levels (low, high), low < high. Raises InputError otherwise."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InputError(f"guidance_interval is {value!r}; give two noise levels, low and high.")
+    low, high = (number(level, "guidance_interval", 0, math.inf) for level in value)
+    if low >= high:
+        raise InputError(f"guidance_interval is {value!r}; the first level must be the lower one.")
+    return low, high
+
+
+def check_pair(value: Any, name: str) -> tuple[int, int]:
+    """(height, width) in pixels, 0 or more. Raises InputError otherwise."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InputError(f"{name} is {value!r}; give two numbers of pixels, vertical first.")
+    first, second = (whole_number(side, name, 0, 1 << 16) for side in value)
+    return first, second
 
 
 def check_side(value: Any, name: str, default: int, multiple: int) -> int:
@@ -104,13 +278,27 @@ def check_side(value: Any, name: str, default: int, multiple: int) -> int:
     return side
 
 
-def check_sampler(name: Any, known: Sequence[str]) -> str:
-    """The name of a sampler. Raises InputError listing those there are."""
+def check_choice(name: Any, what: str, known: Sequence[str]) -> str:
+    """One of `known`. Raises InputError listing them."""
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"There is no sampler {name!r}; {meant}There are {', '.join(known)}.")
+        raise InputError(f"There is no {what} {name!r}; {meant}There are {', '.join(known)}.")
     return str(name)
+
+
+def check_sampler(name: Any) -> str:
+    """The name of a sampler. Raises InputError listing those there are."""
+    from latentdiff.diffusion.samplers import SAMPLERS
+
+    return check_choice(name, "sampler", list(SAMPLERS))
+
+
+def takes_eta(sampler: str) -> bool:
+    """Whether a sampler has a parameter eta."""
+    from latentdiff.diffusion.samplers import SAMPLERS
+
+    return "eta" in inspect.signature(SAMPLERS[sampler]).parameters
 
 
 def _texts(texts: Any, name: str) -> list[str]:

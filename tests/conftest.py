@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -28,9 +30,9 @@ def tiny_parts() -> ModelParts:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return ModelParts(
-            _lively(tiny_unet()),
-            Autoencoder(_lively(tiny_vae())),
-            TextEncoder(byte_tokenizer(32), _lively(tiny_clip())),
+            lively(tiny_unet()),
+            Autoencoder(lively(tiny_vae())),
+            TextEncoder(byte_tokenizer(32), lively(tiny_clip())),
             SchedulerConfig(prediction_type="v_prediction"),
             SCENES,
         )
@@ -49,6 +51,20 @@ def tiny(tiny_model: Path) -> TextToImage:
     """The same, loaded."""
     return TextToImage.load(tiny_model)
 
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[[int], CLIPTokenizer]:
+    """Makes a tokenizer of single bytes that pads to a number of tokens."""
+    return byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def enliven() -> Callable[[M], M]:
+    """Gives a network weights large enough that text, noise and place all show."""
+    return lively
+
+
+M = TypeVar("M", bound=nn.Module)
 
 SCENES = ScenesConfig(
     seed=0,
@@ -121,7 +137,7 @@ def byte_tokenizer(max_length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=numbers, merges=[], model_max_length=max_length)
 
 
-def _lively(network: nn.Module) -> nn.Module:
+def lively(network: M) -> M:
     """Weights large enough that text, noise and place all show in the picture."""
     with torch.no_grad():
         for parameter in network.parameters():

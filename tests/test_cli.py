@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latentdiff.checkpoint import ModelParts
 from latentdiff.cli import main
 from latentdiff.pipeline import TextToImage
+from latentdiff.recipe import read_recipe
 from latentdiff.vocabulary import Vocabulary
 
 
@@ -77,7 +80,53 @@ def test_several_pictures_are_numbered(
     names = [f"a-{number}.png" for number in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
-    assert [Image.open(tmp_path / name).text["seed"] for name in names] == ["5", "6", "7"]
+    assert [read_recipe(tmp_path / name).seed for name in names] == [5, 6, 7]
+
+
+def test_replay_makes_the_third_of_a_batch_again(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num-images", "3", "--seed", "5", "--sampler", "dpmpp_sde", "--spacing", "karras"]
+    generate(tiny_model, "(fox:1.2)", *options, "--output", str(tmp_path / "a.png"))
+    third, again = tmp_path / "a-3.png", tmp_path / "again.png"
+    main(["replay", str(third), "--model", str(tiny_model), "--output", str(again)])
+    assert capsys.readouterr().err == ""
+    with Image.open(third) as first, Image.open(again) as second:
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
+        assert first.info == second.info
+
+
+def test_replay_with_another_model_warns(
+    tiny: TextToImage, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(tiny_model, "fox", "--output", str(tmp_path / "a.png"))
+    tiny.save(tmp_path / "half", torch.float16)
+    out = str(tmp_path / "b.png")
+    main(["replay", str(tmp_path / "a.png"), "--model", str(tmp_path / "half"), "--output", out])
+    assert "warning: The picture was made with another model" in capsys.readouterr().err
+
+
+def test_replay_asks_for_what_is_not_in_the_file(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, made = tmp_path / "photo.png", tmp_path / "made.png"
+    Image.new("RGB", (64, 64), "red").save(photo)
+    generate(tiny_model, "fox", "--image", str(photo), "--strength", "1", "--output", str(made))
+    capsys.readouterr()
+    replay = ["replay", str(made), "--model", str(tiny_model), "--output", str(tmp_path / "b.png")]
+    assert "started from 'photo.png'; give it with --image" in fails(capsys, *replay)
+    main([*replay, "--image", str(photo)])
+    with Image.open(made) as first, Image.open(tmp_path / "b.png") as second:
+        assert first.tobytes() == second.tobytes()
+    capsys.readouterr()
+    assert "holds no recipe" in fails(capsys, "replay", str(photo))
+
+
+def test_prompt_and_settings_stay_out_when_asked(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    generate(tiny_model, "fox", "--no-metadata", "--output", str(path))
+    with Image.open(path) as image:
+        assert image.info == {}
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("WEBP", "WEBP"), ("jpeg", "JPEG")])
@@ -91,10 +140,9 @@ def test_other_formats(tiny_model: Path, tmp_path: Path, suffix: str, kind: str)
 def test_warnings_are_one_clean_line_each(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate(tiny_model, "a roket " + "a " * 40, "--output", str(tmp_path / "a.png"))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("latentdiff: warning: This model never saw the word 'roket'; ")
-    assert second.startswith("latentdiff: warning: The prompt is longer than 32 tokens; ")
+    generate(tiny_model, "a roket on a blu background", "--output", str(tmp_path / "a.png"))
+    for line, word in zip(capsys.readouterr().err.splitlines(), ("roket", "blu"), strict=True):
+        assert line.startswith(f"latentdiff: warning: This model never saw the word '{word}'; ")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +150,7 @@ def test_warnings_are_one_clean_line_each(
     [
         (["fox", "--output", "a.txt"], "a.txt must end in .png, .jpg, .jpeg, .webp."),
         (["fox", "--output", "a"], "a must end in .png"),
-        (["fox", "--output", "no/a.png"], "There is no directory no for --output"),
+        (["fox", "--output", "no/a.png"], "There is no directory no; make it first"),
         (["fox", "--output", "folder.png"], "folder.png is a directory"),
         (["fox", "--model", "no"], "There is no model directory at no"),
         (["", "--output", "a.png"], "The prompt is empty"),
