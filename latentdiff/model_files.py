@@ -224,16 +224,8 @@ def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.{uuid.uuid4().hex}"
 
 
-WEIGHTS = ("unet", "vae", "text_encoder")
-
-
 def model_directory(model: str | os.PathLike[str] | None = None) -> Path:
     """hub.model_path, under its earlier name."""
     from latentdiff.hub import model_path
 
     return model_path(model)
-
-
-def weights_file(directory: Path, component: str) -> Path:
-    """The first of weights_files, under its earlier name."""
-    return weights_files(directory / component, weights_name(component))[0]
