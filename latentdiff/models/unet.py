@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,6 @@ from latentdiff.models.blocks import (
     Upsample2D,
     timestep_embedding,
 )
-
-TextKeysValues: TypeAlias = list[KeysValues]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -346,13 +344,7 @@ class UNet(nn.Module):
             )
         return self.add_embedding(both)
 
-    def project_text(self, embeddings: Tensor) -> TextKeysValues:
-        """The keys and values alone."""
-        return self.condition(embeddings).text
-
-    def forward(
-        self, sample: Tensor, timestep: Tensor, cond: Tensor | Conditioning | TextKeysValues
-    ) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, cond: Tensor | Conditioning) -> Tensor:
         """Predict from noised latents.
 
         Args:
@@ -368,8 +360,6 @@ class UNet(nn.Module):
         config = self.config
         if isinstance(cond, Tensor):
             cond = self.condition(cond)
-        elif isinstance(cond, list):
-            cond = Conditioning(cond)
         waves = timestep_embedding(
             timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         ).to(sample.dtype)
