@@ -67,7 +67,7 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], metadata: boo
     if image_format == "PNG":
         text = PngInfo()
         for key, value in image.info.items() if metadata else ():
-            if isinstance(value, str):
+            if isinstance(key, str) and isinstance(value, str):
                 text.add_itxt(key, value)
         options = {"pnginfo": text}
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -21,11 +21,6 @@ from torch import Tensor, nn
 from latentdiff.checkpoint import ModelParts, load_model, save_model
 from latentdiff.conditioning import TruncatedPromptWarning, chunks, condition, is_guided
 from latentdiff.diffusion.denoiser import Denoiser, DenoiserFunction
-from latentdiff.diffusion.guidance import (
-    EVERYWHERE,
-    AdaptiveProjectedGuidance,
-    ClassifierFreeGuidance,
-)
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import InputError
 from latentdiff.hub import model_path
@@ -37,7 +32,7 @@ from latentdiff.models.prompt import plain_text
 from latentdiff.pictures import ImageSource
 from latentdiff.recipe import Lora, Recipe, model_hash
 from latentdiff.request import Picture, Settings, read_pictures, read_settings
-from latentdiff.rng import keyed_normal, picture_noise
+from latentdiff.sampling import fresh_noise, guided, initial_noise, noise_levels, to_pil
 from latentdiff.vocabulary import UnknownWordWarning, Vocabulary
 
 __all__ = ["Progress", "TextToImage", "TruncatedPromptWarning", "UnknownWordWarning", "generate"]
@@ -237,7 +232,7 @@ class TextToImage:
         previews: bool,
     ) -> Iterator[Progress]:
         batches = list(self._batches(pictures, settings))
-        steps = len(self._sigmas(settings, start)) - 1
+        steps = len(noise_levels(self.parts, settings, start)) - 1
         total, images = steps * len(batches), list[Image.Image]()
         for number, batch in enumerate(batches):
             for done, state in enumerate(self._sample(batch, settings, start), number * steps + 1):
@@ -268,10 +263,10 @@ class TextToImage:
             cond = condition(parts, pictures, settings, extra, device)
         denoiser: DenoiserFunction = Denoiser(self._network, parts.schedule, parts.parameterization)
         if is_guided(parts, settings):
-            denoiser = _guided(denoiser, settings)
+            denoiser = guided(denoiser, settings)
 
-        sigmas = self._sigmas(settings, start).to(device)
-        noise = self._noise(pictures, settings).to(device)
+        sigmas = noise_levels(parts, settings, start).to(device)
+        noise = initial_noise(parts, pictures, settings).to(device)
         if start is None or start.from_noise(settings.strength):
             # Algorithm 2 of Ho et al. (2020) starts at x_T ~ N(0, I), x = x_T / sqrt(abar_T).
             x = torch.sqrt(1 + sigmas[0] ** 2) * noise
@@ -279,7 +274,7 @@ class TextToImage:
             x = start.latents + sigmas[0] * noise
         if start is not None and start.held is not None:
             denoiser = blend(denoiser, start.held, start.latents, noise)
-        fresh = functools.partial(_fresh_noise, pictures, x)
+        fresh = functools.partial(fresh_noise, pictures, x)
         options = {} if settings.eta is None else {"eta": settings.eta}
         sampler = SAMPLERS[settings.sampler]
         with self._placed(parts.unet):
@@ -321,28 +316,6 @@ class TextToImage:
             yield
         finally:
             network.to("cpu")
-
-    def _sigmas(self, settings: Settings, start: Start | None) -> Tensor:
-        """The noise levels [N + 1] that sampling visits, descending."""
-        config, schedule = self.parts.scheduler_config, self.parts.schedule
-        spacing: Any = settings.spacing or config.spacing
-        if settings.spacing is None and settings.sampler == "lcm":
-            spacing = "trailing"  # what consistency models are distilled to start from
-        count = settings.num_inference_steps
-        sigmas = schedule.sampling_sigmas(count, spacing, config.steps_offset)
-        if settings.sampler == "ddim" and not config.set_alpha_to_one:
-            sigmas[-1] = schedule.sigmas[0]
-        return sigmas if start is None else sigmas[count - int(count * (settings.strength or 1)) :]
-
-    def _noise(self, pictures: Sequence[Picture], settings: Settings) -> Tensor:
-        """Initial noise [B, C, h, w], one generator for each picture."""
-        factor = self.parts.autoencoder.scale_factor
-        shape = (
-            self.parts.autoencoder.latent_channels,
-            settings.height // factor,
-            settings.width // factor,
-        )
-        return picture_noise([picture.seed for picture in pictures], shape)
 
     @functools.cached_property
     def preview(self) -> LatentPreview:
@@ -399,32 +372,6 @@ def generate(
 @functools.lru_cache(maxsize=2)
 def _loaded(path: Path) -> TextToImage:
     return TextToImage.load(path)
-
-
-def _guided(denoiser: DenoiserFunction, settings: Settings) -> DenoiserFunction:
-    interval = settings.guidance_interval or EVERYWHERE
-    if settings.guidance == "apg":
-        return AdaptiveProjectedGuidance(denoiser, settings.guidance_scale, interval=interval)
-    return ClassifierFreeGuidance(
-        denoiser, settings.guidance_scale, rescale=settings.guidance_rescale, interval=interval
-    )
-
-
-def _fresh_noise(pictures: Sequence[Picture], x: Tensor, index: int) -> Tensor:
-    """Noise [B, C, h, w] for step `index` of a stochastic sampler, keyed by each picture's seed."""
-    rows = [keyed_normal(p.seed, "sampler", index, [0], tuple(x.shape[1:])) for p in pictures]
-    return torch.cat(rows).to(x.device)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images [B, 3, H, W] in [-1, 1] to 8-bit RGB. Raises InputError where they are not finite."""
-    if not torch.isfinite(images).all():
-        raise InputError(
-            "The model computed values that are not finite; its weights are damaged, or they "
-            "overflow in this dtype and need float32."
-        )
-    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def _with_bar(steps: Iterator[Progress]) -> Iterator[Progress]:

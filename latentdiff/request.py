@@ -108,15 +108,30 @@ def read_settings(
     rescale = number(guidance_rescale, "guidance_rescale", 0, 1)
     if rescale and guidance != "cfg":
         raise InputError("guidance_rescale belongs to the guidance cfg; leave one of them out.")
-    sizes = {
-        "original_size": original_size,
-        "crops_coords_top_left": crops_coords_top_left,
-        "target_size": target_size,
-    }
-    scores = {
-        "aesthetic_score": aesthetic_score,
-        "negative_aesthetic_score": negative_aesthetic_score,
-    }
+    size = (height, width)
+    if not is_sdxl(parts):
+        _refuse(
+            "SDXL",
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+        )
+    else:  # Podell et al. (2023), section 2.2: by default an uncropped picture of the size made
+        original_size = check_pair(original_size or size, "original_size")
+        corner = crops_coords_top_left or (0, 0)
+        crops_coords_top_left = check_pair(corner, "crops_coords_top_left")
+        target_size = check_pair(target_size or size, "target_size")
+    if not parts.requires_aesthetics_score:
+        _refuse(
+            "SDXL's refiner",
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
+        )
+    else:  # diffusers' defaults
+        good, bad = aesthetic_score, negative_aesthetic_score
+        aesthetic_score = number(6.0 if good is None else good, "aesthetic_score", 0, 10)
+        bad = 2.5 if bad is None else bad
+        negative_aesthetic_score = number(bad, "negative_aesthetic_score", 0, 10)
     return Settings(
         height=height,
         width=width,
@@ -133,8 +148,11 @@ def read_settings(
         strength=check_strength(1.0 if strength is None else strength, steps)
         if from_image
         else None,
-        **_sdxl_sizes(parts, (height, width), sizes),
-        **_sdxl_scores(parts, scores),
+        original_size=original_size,
+        crops_coords_top_left=crops_coords_top_left,
+        target_size=target_size,
+        aesthetic_score=aesthetic_score,
+        negative_aesthetic_score=negative_aesthetic_score,
     )
 
 
@@ -150,33 +168,7 @@ def is_sdxl(parts: ModelParts) -> bool:
     return parts.unet.config.addition_embed_type is not None
 
 
-def _sdxl_sizes(
-    parts: ModelParts, made: tuple[int, int], given: dict[str, Any]
-) -> dict[str, tuple[int, int] | None]:
-    """Podell et al. (2023), section 2.2: by default an uncropped picture of the size made."""
-    if not is_sdxl(parts):
-        _refuse(given, "SDXL")
-        return dict.fromkeys(given)
-    defaults = {"crops_coords_top_left": (0, 0)}
-    return {
-        name: check_pair(defaults.get(name, made) if value is None else value, name)
-        for name, value in given.items()
-    }
-
-
-def _sdxl_scores(parts: ModelParts, given: dict[str, Any]) -> dict[str, float | None]:
-    """diffusers' defaults for SDXL's refiner."""
-    if not parts.requires_aesthetics_score:
-        _refuse(given, "SDXL's refiner")
-        return dict.fromkeys(given)
-    defaults = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
-    return {
-        name: number(defaults[name] if value is None else value, name, 0, 10)
-        for name, value in given.items()
-    }
-
-
-def _refuse(given: dict[str, Any], whose: str) -> None:
+def _refuse(whose: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise InputError(f"{name} conditions {whose}; this model does not read it.")

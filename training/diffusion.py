@@ -190,8 +190,8 @@ def open_to_text(unet: UNet) -> None:
     """
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock):
-            nn.init.orthogonal_(module.attn2.to_v.weight, TEXT_GAIN)
-            nn.init.orthogonal_(module.attn2.to_out[0].weight, TEXT_GAIN)
+            for name in ("to_v.weight", "to_out.0.weight"):
+                nn.init.orthogonal_(module.attn2.get_parameter(name), TEXT_GAIN)
     unet.conv_out.weight.zero_()
 
 
