@@ -70,12 +70,12 @@ def warm(model: str, repeats: int) -> dict[str, float]:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from latentdiff import TextToImage
-    from latentdiff.model_files import model_directory
+    from latentdiff.hub import model_path
 
     started = time.perf_counter()
     ours = TextToImage.load(model)
     loaded = time.perf_counter() - started
-    theirs = StableDiffusionPipeline.from_pretrained(model_directory(model), dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(model_path(model), dtype=torch.float32)
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
 

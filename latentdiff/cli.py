@@ -158,7 +158,11 @@ def _replay(picture: Path, output: Path, metadata: bool, **options: Any) -> None
     from latentdiff.pictures import read_image
     from latentdiff.recipe import model_hash, read_recipe
 
-    recipe = read_recipe(picture)
+    with warnings.catch_warnings(record=True) as unread:
+        warnings.simplefilter("always")
+        recipe = read_recipe(picture)
+    for warning in unread:
+        _print_warning(warning.message)
     for kind in ("image", "mask"):
         if (named := getattr(recipe, kind)) is None:
             continue

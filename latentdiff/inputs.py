@@ -48,16 +48,16 @@ class Start:
     def width(self) -> int:
         return self.image.shape[3]
 
-    def encoded(self, autoencoder: Autoencoder, device: torch.device) -> Start:
-        """The same with its latents, the posterior's mean, on `device`."""
+    def encoded(self, autoencoder: Autoencoder, device: torch.device, tile: int | None) -> Start:
+        """The same with its latents, the posterior's mean, on `device`; `tile` as in encode."""
         image = self.image.to(device)
-        latents = autoencoder.encode(image).mean
+        latents = autoencoder.encode(image, tile).mean
         if self.mask is None:
             return dataclasses.replace(self, latents=latents)
         mask = shrink_mask(self.mask, autoencoder.scale_factor).to(device)
         if not self.inpainting:
             return dataclasses.replace(self, latents=latents, held=1 - mask)
-        masked = autoencoder.encode(image * (self.mask.to(device) < 0.5)).mean
+        masked = autoencoder.encode(image * (self.mask.to(device) < 0.5), tile).mean
         return dataclasses.replace(self, latents=latents, extra=torch.cat([mask, masked], dim=1))
 
     def from_noise(self, strength: float | None) -> bool:

@@ -222,10 +222,3 @@ def staged_file(target: Path) -> Iterator[Path]:
 def _beside(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.parent / f".{target.name}.{uuid.uuid4().hex}"
-
-
-def model_directory(model: str | os.PathLike[str] | None = None) -> Path:
-    """hub.model_path, under its earlier name."""
-    from latentdiff.hub import model_path
-
-    return model_path(model)

@@ -142,8 +142,8 @@ class TextToImage:
             image: a picture, or its file, to start from; sets height and width.
             mask: white where the image is to be painted anew. Without an inpainting model the rest
                 is held at every step; the rest of the result is the image's own in any case.
-            tile: decode this many rows of latents at a time, 8 for instance: the same picture to
-                rounding, in less memory.
+            tile: encode and decode this many rows of latents at a time, 8 for instance: the same
+                picture to rounding, in less memory.
             progress: show a bar on stderr.
             height, width: in pixels; by default the size the model was trained at.
             num_inference_steps: 25 by default, at most the training schedule's length; heun, dpm2
@@ -235,7 +235,9 @@ class TextToImage:
         steps = len(noise_levels(self.parts, settings, start)) - 1
         total, images = steps * len(batches), list[Image.Image]()
         for number, batch in enumerate(batches):
-            for done, state in enumerate(self._sample(batch, settings, start), number * steps + 1):
+            for done, state in enumerate(
+                self._sample(batch, settings, start, tile), number * steps + 1
+            ):
                 latents, denoised = state
                 if done < total:
                     yield Progress(done, total, self._preview(denoised) if previews else [])
@@ -250,14 +252,18 @@ class TextToImage:
 
     @torch.inference_mode()
     def _sample(
-        self, pictures: Sequence[Picture], settings: Settings, start: Start | None
+        self,
+        pictures: Sequence[Picture],
+        settings: Settings,
+        start: Start | None,
+        tile: int | None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """After each step the latents, scaled as they will be decoded, and the denoised."""
         parts, device = self.parts, self._device
         extra = None
         if start is not None:
             with self._placed(parts.autoencoder):
-                start = start.encoded(parts.autoencoder, device)
+                start = start.encoded(parts.autoencoder, device, tile)
             extra = start.extra
         with self._placed(parts.text_encoder), self._placed(parts.unet):
             cond = condition(parts, pictures, settings, extra, device)

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from inference.evaluate import KINDS, Judge, prompt_for
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
+from latentdiff.hub import model_path
 from latentdiff.metrics.psnr import psnr, reconstruct
-from latentdiff.model_files import model_directory
 from latentdiff.pipeline import TextToImage
 
 ROOT = Path(__file__).parents[1]
-BUNDLE = model_directory(None)
+BUNDLE = model_path(None)
 PROMPT = "a fox to the left of a red apple on a blue background"
 
 

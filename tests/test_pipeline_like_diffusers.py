@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -316,3 +317,61 @@ def test_sdxls_refiner(
     )
     assert pixels(ours).std() > 10
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 2
+
+
+# LoRA
+
+
+def diffusers_naming(part: str, module: str) -> tuple[str, str]:
+    return f"{part}.{module}.lora_A.weight", f"{part}.{module}.lora_B.weight"
+
+
+def kohya_naming(part: str, module: str) -> tuple[str, str]:
+    stem = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + module.replace(".", "_")
+    return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("naming", [diffusers_naming, kohya_naming])
+def test_a_lora_makes_diffusers_picture(
+    tiny_model: Path, tmp_path: Path, naming: Callable[[str, str], tuple[str, str]], fused: bool
+) -> None:
+    model = TextToImage.load(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for part, network in (
+        ("unet", model.parts.unet),
+        ("text_encoder", model.parts.towers["text_encoder"].model),
+    ):
+        for name, module in network.named_modules():
+            if name.endswith(("to_q", "to_v", "to_out.0", "q_proj", "v_proj")):
+                published = name if part == "unet" else f"text_model.{name}"
+                down, up = naming(part, published)
+                out, into = module.weight.shape
+                state[down] = torch.randn(4, into, generator=generator) / into**0.5
+                state[up] = torch.randn(out, 4, generator=generator) / 4
+                if naming is kohya_naming:
+                    state[down.partition(".")[0] + ".alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "style.safetensors")
+
+    oracle = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
+    oracle.set_progress_bar_config(disable=True)
+    oracle.load_lora_weights(str(tmp_path / "style.safetensors"), adapter_name="style")
+    oracle.set_adapters(["style"], [0.8])
+    settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = oracle(PROMPTS, generator=generators, **settings).images
+
+    def made() -> np.ndarray:
+        return pixels(model.generate(PROMPTS, seed=SEEDS, weighted=False, **settings))
+
+    before = made()
+    assert model.load_lora(tmp_path / "style.safetensors", 0.8) == "style"
+    if fused:
+        model.adapters.fuse()
+    assert np.abs(made() - pixels(theirs)).max() <= 2
+    assert np.abs(made() - before).max() > 10
+    if fused:
+        model.adapters.unfuse()
+    model.adapters.remove("style")
+    assert (made() == before).all()

@@ -93,9 +93,9 @@ class Attention(nn.Module):
         """context [B, L, D] -> keys and values [B, H, L, d]."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """x [B, N, C] -> [B, N, C]."""
-        attended = attend(self._split(self.to_q(x)), *keys_values)
+    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+        """x [B, N, C] -> [B, N, C]; attends to itself unless given keys and values."""
+        attended = attend(self._split(self.to_q(x)), *(keys_values or self.keys_values(x)))
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -144,8 +144,7 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: KeysValues) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
-        own = self.norm1(x)
-        x = x + self.attn1(own, self.attn1.keys_values(own))
+        x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -169,13 +168,10 @@ class Transformer2DModel(nn.Module):
         """x [B, C, h, w] -> [B, C, h, w]; takes one item of text for each block."""
         height = x.shape[2]
         h = self.norm(x)
-        tokens = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
+        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            tokens = block(tokens, next(text))
-        if self.linear:
-            h = _map(self.proj_out(tokens), height)
-        else:
-            h = self.proj_out(_map(tokens, height))
+            h = block(h, next(text))
+        h = _map(self.proj_out(h), height) if self.linear else self.proj_out(_map(h, height))
         return h + x
 
 

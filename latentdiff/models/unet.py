@@ -202,8 +202,7 @@ class _Block(nn.Module):
             config.use_linear_projection,
         )
 
-    def layer(self, number: int, x: Tensor, time: Tensor, text: Iterator[KeysValues]) -> Tensor:
-        x = self.resnets[number](x, time)
+    def attend(self, number: int, x: Tensor, text: Iterator[KeysValues]) -> Tensor:
         return self.attentions[number](x, text) if self.attends else x
 
 
@@ -223,7 +222,7 @@ class DownBlock(_Block):
         """Every feature map of the level, the last one halved but in the coarsest level."""
         maps = []
         for number in range(len(self.resnets)):
-            x = self.layer(number, x, time, text)
+            x = self.attend(number, self.resnets[number](x, time), text)
             maps.append(x)
         if self.downsamplers is not None:
             maps.append(self.downsamplers[0](x))
@@ -257,12 +256,15 @@ class UpBlock(_Block):
         super().__init__(config, level, inputs, "CrossAttn" in config.up_block_types[position])
         self.upsamplers = nn.ModuleList([Upsample2D(widths[level])]) if level > 0 else None
 
-    def forward(
-        self, x: Tensor, maps: list[Tensor], time: Tensor, text: Iterator[KeysValues]
-    ) -> Tensor:
-        """[B, C, h, w] -> twice that size but in the finest level; takes its maps off the end."""
+    def forward(self, maps: list[Tensor], time: Tensor, text: Iterator[KeysValues]) -> Tensor:
+        """[B, C, h, w] -> twice that size but in the finest level.
+
+        Takes x and its maps off the end of maps, so that no caller keeps them.
+        """
+        x = maps.pop()
         for number in range(len(self.resnets)):
-            x = self.layer(number, torch.cat([x, maps.pop()], dim=1), time, text)
+            x = self.resnets[number](torch.cat([x, maps.pop()], dim=1), time)
+            x = self.attend(number, x, text)
         return x if self.upsamplers is None else self.upsamplers[0](x, maps[-1].shape[2:])
 
 
@@ -376,12 +378,11 @@ class UNet(nn.Module):
                 f"The U-Net takes {config.in_channels} channels but was given {x.shape[1]}; "
                 "inpainting models need the mask and the masked latents."
             )
-        x = self.conv_in(x)
         keys_values = iter(cond.text)
-        maps = [x]
+        maps = [self.conv_in(x)]
         for down in self.down_blocks:
             maps += down(maps[-1], time, keys_values)
-        x = self.mid_block(maps[-1], time, keys_values)
+        maps.append(self.mid_block(maps[-1], time, keys_values))
         for up in self.up_blocks:
-            x = up(x, maps, time, keys_values)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            maps.append(up(maps, time, keys_values))
+        return self.conv_out(F.silu(self.conv_norm_out(maps.pop())))

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch.distributions import Normal, kl_divergence
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import model_directory
+from latentdiff.hub import model_path
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 
 SCALES = pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_strips_of_the_bundled_vae_leave_no_seam() -> None:
     """Measured: at most 0.0006 of 255 levels. diffusers' own tiles, each normalized by itself, are
     off by 3 to 5 levels on average and up to 98.
     """
-    directory = model_directory() / "vae"
+    directory = model_path() / "vae"
     autoencoder = Autoencoder(AutoencoderKL.from_pretrained(directory).eval())
     latents = random(1, autoencoder.latent_channels, 12, 16)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import InputError
-from latentdiff.model_files import model_directory
+from latentdiff.hub import model_path
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 from latentdiff.models.preview import LatentPreview
 
@@ -89,7 +89,7 @@ def test_latents_of_another_vae_are_refused(linear: LatentPreview) -> None:
 
 def test_previews_of_the_bundled_vae_are_like_the_pictures() -> None:
     """Measured: correlation 0.939, and 0.947 for the best affine map on these very scenes."""
-    directory = model_directory()
+    directory = model_path()
     config = ScenesConfig.model_validate_json((directory / "vocabulary.json").read_text())
     scenes = EmojiScenes(config)
     pixels = np.stack([scenes[index]["image"] for index in range(16)])
