@@ -344,7 +344,7 @@ def test_a_lora_makes_diffusers_picture(
         ("text_encoder", model.parts.towers["text_encoder"].model),
     ):
         for name, module in network.named_modules():
-            if name.endswith(("to_q", "to_v", "to_out.0", "q_proj", "v_proj")):
+            if name.endswith(("to_q", "to_v", "to_out.0", "q_proj", "v_proj", "out_proj")):
                 published = name if part == "unet" else f"text_model.{name}"
                 down, up = naming(part, published)
                 out, into = module.weight.shape
