@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,23 @@ from latentdiff.model_files import (
 )
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.single_file import SingleFileSource
-from latentdiff.sources import Source
+from latentdiff.sources import TOWER_CLASSES, Source
+from latentdiff.tokenizer_files import CLASSES, check_tokenizer, read_tokenizer
 from latentdiff.weights import load_module
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from latentdiff.models.text_encoder import TextEncoder
+
+TOWER_TYPES = {
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "bert": "BertModel",
+    "gpt2": "GPT2Model",
+}
+"""Classes by the model_type of a config.json that names none."""
 NOT_OF_VAE = ("loss.", "model_ema.")
 """What the training of a VAE leaves beside its weights."""
 
@@ -59,6 +70,36 @@ def build_tower(class_name: str) -> Callable[[dict[str, Any]], PreTrainedModel]:
         return cls(config_class.from_dict(config))
 
     return build
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, of the class that it names. Raises InputError."""
+    check_tokenizer(directory)
+    path = directory / "tokenizer_config.json"
+    name = read_json(path).get("tokenizer_class")
+    if name not in CLASSES:
+        raise InputError(f"{path} names a {name}; only {', '.join(CLASSES)} can be read.")
+    return read_tokenizer(directory, name)
+
+
+def load_text_encoder(directory: Path) -> TextEncoder:
+    """The tower in text_encoder/, CLIP's or T5, BERT or GPT-2, and its tokenizer in tokenizer/.
+
+    As save_pretrained of transformers writes them. Raises InputError when they cannot be read.
+    """
+    from latentdiff.models.text_encoder import TextEncoder
+
+    folder = directory / "text_encoder"
+    path = folder / "config.json"
+    config = read_json(path)
+    named = [name for name in config.get("architectures") or () if name in TOWER_CLASSES]
+    name = named[0] if named else TOWER_TYPES.get(config.get("model_type"))
+    if name is None:
+        raise InputError(f"{path} describes none of {', '.join(TOWER_CLASSES)}.")
+    files = weights_files(folder, weights_name("text_encoder"))
+    tensors = {name: t for file in files for name, t in read_weights(file).items()}
+    tower = load_module(build_tower(name), config, path, tensors, files[0], torch.float32)
+    return TextEncoder(load_tokenizer(directory / "tokenizer"), tower)
 
 
 def load_other_vae(

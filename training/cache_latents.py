@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from pydantic import Field
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from latentdiff.config import Config, load_config, load_yaml, save_yaml
 from latentdiff.data import cache
@@ -24,6 +24,7 @@ from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.data.sprites import SPRITES_FILE
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.networks import load_tokenizer
 from training.data import StepDataset, loader, to_network
 from training.loop import Precision
 
@@ -89,7 +90,7 @@ def main() -> None:
         "tokenizer": digest(config.text_encoder / TOKENIZER_FILE),
     }
     vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(config.text_encoder / "tokenizer")
+    tokenizer = load_tokenizer(config.text_encoder / "tokenizer")
     autoencoder = Autoencoder(vae).to(accelerator.device)
     autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side = scenes.config.resolution // autoencoder.scale_factor
@@ -127,7 +128,7 @@ def main() -> None:
 @torch.inference_mode()
 def encode_shard(
     autoencoder: Autoencoder,
-    tokenizer: CLIPTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     scenes: EmojiScenes,
     samples: range,
     config: CacheConfig,

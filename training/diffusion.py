@@ -14,7 +14,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from pydantic import Field
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff.checkpoint import ModelParts, load_model, save_model
 from latentdiff.config import load_config, load_yaml
@@ -26,8 +25,8 @@ from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 from latentdiff.models.blocks import BasicTransformerBlock
-from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.networks import load_text_encoder
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
 from latentdiff.scheduler_config import SchedulerConfig
@@ -44,7 +43,7 @@ class DiffusionConfig(RunConfig):
     autoencoder: Path
     """Directory with vae/, the one that the cache was made with."""
     text_encoder: Path
-    """Directory with text_encoder/ and tokenizer/."""
+    """Directory with text_encoder/ and tokenizer/: CLIP, T5, BERT or GPT-2, kept frozen."""
     scenes: Path | None = None
     """The scenes' YAML file; the finished model then says what it knows."""
     init_from: Path | None = None
@@ -146,10 +145,7 @@ def assemble(config: DiffusionConfig) -> ModelParts:
         if not path.is_dir():
             raise InputError(f"{path} is missing; train it first.")
     autoencoder = Autoencoder(AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval())
-    text_encoder = TextEncoder(
-        CLIPTokenizer.from_pretrained(config.text_encoder / "tokenizer"),
-        CLIPTextModel.from_pretrained(config.text_encoder / "text_encoder").eval(),
-    )
+    text_encoder = load_text_encoder(config.text_encoder)
     if config.unet.cross_attention_dim != text_encoder.hidden_size:
         raise InputError(
             f"unet.cross_attention_dim is {config.unet.cross_attention_dim}, but the text encoder "

@@ -13,11 +13,13 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from latentdiff.checkpoint import load_model
 from latentdiff.data.cache import LatentCache
 from latentdiff.errors import InputError
 from latentdiff.models.blocks import BasicTransformerBlock
+from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
 from training.diffusion import TEXT_GAIN
 from training.loop import seeded
@@ -275,3 +277,32 @@ def test_batches_are_records_of_the_cache_whatever_the_processes(program: Any) -
             assert mine.equal(theirs)
         assert {share[0] for share in shares} == {epoch}
         assert sorted(sample for share in shares for sample in share[1]) == sorted(samples)
+
+
+# Other text encoders
+
+
+def test_it_conditions_on_bert_as_well(tiny_chain: Any, tmp_path: Path) -> None:
+    """Any tower of transformers that models.text_encoder reads, with its own tokenizer."""
+    words = "a an the on in front of background red green blue and left right above below to"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    tokenizer.model_max_length = 24
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    with seeded(0):
+        BertModel(config).save_pretrained(tmp_path / "bert" / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "bert" / "tokenizer")
+    text = {"text_encoder": tmp_path / "bert"}
+    cache = tmp_path / "latents"
+    tiny_chain.run("cache_latents", run_dir=cache, count=16, shard_size=8, batch_size=4, **text)
+    few = {"max_steps": 2, "checkpoint_every": 2, "sample_every": 2, "batch_size": 4}
+    tiny_chain.run("diffusion", run_dir=tmp_path / "run", cache=cache, **few, **text)
+    model = TextToImage.load(tmp_path / "run" / "model")
+    assert type(model.parts.text_encoder.model).__name__ == "BertModel"
+    assert model.generate("a red fox", num_inference_steps=1).size == (64, 64)
