@@ -93,7 +93,7 @@ def load_text_encoder(directory: Path) -> TextEncoder:
     path = folder / "config.json"
     config = read_json(path)
     named = [name for name in config.get("architectures") or () if name in TOWER_CLASSES]
-    name = named[0] if named else TOWER_TYPES.get(config.get("model_type"))
+    name = named[0] if named else TOWER_TYPES.get(str(config.get("model_type")))
     if name is None:
         raise InputError(f"{path} describes none of {', '.join(TOWER_CLASSES)}.")
     files = weights_files(folder, weights_name("text_encoder"))
