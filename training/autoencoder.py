@@ -25,6 +25,7 @@ from latentdiff.errors import run_command
 from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import generator, keyed_normal
+from training.cache_latents import describe
 from training.data import StepDataset, endless_orders, loader, to_network
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid
@@ -144,6 +145,7 @@ class AutoencoderProgram:
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
+        self.inputs = {"scenes": describe(self.scenes.config)}
         with seeded(config.seed):
             vae = config.vae.build(self.scenes.config.resolution)
         self.network = Autoencoder(vae)

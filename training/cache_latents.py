@@ -28,8 +28,9 @@ from latentdiff.networks import load_tokenizer
 from training.data import StepDataset, loader, to_network
 from training.loop import Precision
 
-ENCODER_FILE = Path("vae", "diffusion_pytorch_model.safetensors")
+ENCODER_FILES = (Path("vae", "diffusion_pytorch_model.safetensors"), Path("vae", "config.json"))
 TOKENIZER_FILE = Path("tokenizer", "tokenizer.json")
+TOWER_FILES = (Path("text_encoder", "model.safetensors"), Path("text_encoder", "config.json"))
 
 
 class CacheConfig(Config):
@@ -69,14 +70,21 @@ class CaptionedScenes(StepDataset):
         }
 
 
-def digest(*files: Path) -> str:
+def digest(directory: Path, *files: Path) -> str:
     """sha256 over the contents of files. Raises InputError when one is missing."""
     total = hashlib.sha256()
-    for file in files:
+    for file in (directory / name for name in files):
         if not file.is_file():
             raise InputError(f"{file} is missing; train it first.")
         total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
+
+
+def describe(scenes: ScenesConfig) -> str:
+    """sha256 of what scenes are a function of: their configuration and the sprites."""
+    description = hashlib.sha256(scenes.model_dump_json().encode())
+    description.update(digest(SPRITES_FILE.parent, Path(SPRITES_FILE.name)).encode())
+    return description.hexdigest()
 
 
 def main() -> None:
@@ -86,19 +94,18 @@ def main() -> None:
     )
     scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
     hashes = {
-        "encoder": digest(config.autoencoder / ENCODER_FILE),
-        "tokenizer": digest(config.text_encoder / TOKENIZER_FILE),
+        "encoder": digest(config.autoencoder, *ENCODER_FILES),
+        "tokenizer": digest(config.text_encoder, TOKENIZER_FILE),
     }
     vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
     tokenizer = load_tokenizer(config.text_encoder / "tokenizer")
     autoencoder = Autoencoder(vae).to(accelerator.device)
     autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side = scenes.config.resolution // autoencoder.scale_factor
-    description = hashlib.sha256(scenes.config.model_dump_json().encode())
-    description.update(digest(SPRITES_FILE).encode())
     key = cache.CacheKey(
         **hashes,
-        source=description.hexdigest(),
+        source=describe(scenes.config),
+        precision=config.mixed_precision,
         count=config.count,
         shard_size=config.shard_size,
         latent_shape=(autoencoder.latent_channels, side, side),

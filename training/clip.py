@@ -21,6 +21,7 @@ from latentdiff.config import Config, load_config, load_yaml
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.models.text_encoder import TextEncoder
+from training.cache_latents import describe
 from training.data import StepDataset, endless_orders, loader, to_network
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid
@@ -118,6 +119,7 @@ class ClipProgram:
     def __init__(self, config: ClipConfig) -> None:
         self.config = config
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
+        self.inputs = {"scenes": describe(self.scenes.config)}
         captions = (self.scenes.scene(i).caption for i in range(config.tokenizer_captions))
         self.tokenizer = train_tokenizer(captions, config.vocabulary_size, config.max_length)
         self.network = self._build()

@@ -30,7 +30,7 @@ from latentdiff.networks import load_text_encoder
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
 from latentdiff.scheduler_config import SchedulerConfig
-from training.cache_latents import ENCODER_FILE, TOKENIZER_FILE, digest
+from training.cache_latents import ENCODER_FILES, TOKENIZER_FILE, TOWER_FILES, digest
 from training.loop import Losses, RunConfig, make_accelerator, seeded, train
 from training.pictures import grid
 
@@ -73,12 +73,12 @@ class DiffusionProgram:
                 f"{config.cache} holds {len(self.cache)} samples, fewer than one batch of "
                 f"{config.batch_size}."
             )
-        if self.cache.key.encoder != digest(config.autoencoder / ENCODER_FILE):
+        if self.cache.key.encoder != digest(config.autoencoder, *ENCODER_FILES):
             raise InputError(
                 f"{config.cache} was not made with the autoencoder in {config.autoencoder}; make "
                 "the cache again or name its own autoencoder."
             )
-        if self.cache.key.tokenizer != digest(config.text_encoder / TOKENIZER_FILE):
+        if self.cache.key.tokenizer != digest(config.text_encoder, TOKENIZER_FILE):
             raise InputError(
                 f"{config.cache} was not made with the tokenizer in {config.text_encoder}; make "
                 "the cache again or name its own text encoder."
@@ -90,6 +90,10 @@ class DiffusionProgram:
         self.empty = self.text_encoder.tokenize([""])
         gamma = config.min_snr_gamma
         self.weighting = uniform if gamma is None else min_snr(gamma)
+        self.inputs = {
+            "latent cache": self.cache.key.digest,
+            "text encoder": digest(config.text_encoder, *TOWER_FILES),
+        }
 
     def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
         config = self.config

@@ -91,6 +91,10 @@ class Program(Protocol):
     def network(self) -> nn.Module:
         """What is trained."""
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What it learns from, by name: digests that a resumed run must find again."""
+
     def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
         """For each step, this process's slice of that step's batch."""
 
@@ -135,9 +139,9 @@ def check_compiler(config: RunConfig, device: torch.device) -> None:
 def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:
     """Train `program.network` to `config.max_steps`, from the newest checkpoint if there is one.
 
-    Raises InputError when the run directory belongs to another network, seed or batch size, when
-    the processes cannot share a batch evenly, and when there is no compiler; FloatingPointError
-    when the loss is no longer finite.
+    Raises InputError when the run directory belongs to another network, data, seed or batch size,
+    when the processes cannot share a batch evenly, and when there is no compiler;
+    FloatingPointError when the loss is no longer finite.
     """
     check_compiler(config, accelerator.device)
     if config.batch_size % accelerator.num_processes:
@@ -155,6 +159,12 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
     if saved := checkpoints.complete(folder):
         state = checkpoints.load(saved[-1], network, ema, optimizer)
         start = state["step"]
+        known = state.get("inputs", {})
+        if changed := [name for name in program.inputs if known.get(name) != program.inputs[name]]:
+            raise InputError(
+                f"{saved[-1]} learned from another {' and another '.join(changed)}; restore what "
+                "was there or choose another run_dir."
+            )
         if (state["seed"], state["samples"]) != (config.seed, start * config.batch_size):
             raise InputError(
                 f"{saved[-1]} was made with another seed or batch_size, whose order of samples "
@@ -207,7 +217,11 @@ def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None
             with ema.weights_in(network), torch.no_grad():
                 _save_samples(program.samples(accelerator.device), config.run_dir, done)
         if save:
-            state = {"seed": config.seed, "samples": done * config.batch_size}
+            state = {
+                "seed": config.seed,
+                "samples": done * config.batch_size,
+                "inputs": program.inputs,
+            }
             checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
     bar.close()
     # A gloo thread lets go of the last step's tensors under Python's lock. Let it do so now: the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ class CacheKey:
     """What the records are a function of, and their shape. Two equal keys make equal caches."""
 
     encoder: str
-    """sha256 of the autoencoder's weights."""
+    """sha256 of the autoencoder's weights and configuration."""
     tokenizer: str
     """sha256 of the tokenizer's file."""
     source: str
     """sha256 of the data set's description and preprocessing."""
+    precision: str
+    """Arithmetic that it was encoded in: "no" is fp32."""
     count: int
     """Samples."""
     shard_size: int
@@ -40,6 +43,11 @@ class CacheKey:
     """[C, h, w]."""
     tokens: int
     """Token ids of each caption."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the key."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def shards(self) -> int:

@@ -28,6 +28,7 @@ KEY = CacheKey(
     encoder="a" * 64,
     tokenizer="b" * 64,
     source="c" * 64,
+    precision="no",
     count=7,
     shard_size=3,
     latent_shape=(2, 4, 5),

@@ -118,6 +118,7 @@ def test_another_key_is_refused(tiny_chain: Any, whole: Path, tmp_path: Path) ->
 
     refused("count", count=23)
     refused("shard_size", shard_size=9)
+    refused("precision", mixed_precision="bf16")
 
     scenes = tmp_path / "scenes.yaml"
     text = (tiny_chain.configs / "scenes.yaml").read_text()

@@ -66,6 +66,7 @@ class Denoising:
 
     def __init__(self, config: RunConfig, width: int = 5) -> None:
         self.config, self.finished = config, 0
+        self.inputs = {"noise": "a", "text encoder": "b"}
         with seeded(config.seed):
             self.network = nn.Sequential(
                 nn.Conv2d(2, width, 3, padding=1), nn.GroupNorm(1, width), nn.Conv2d(width, 2, 1)
@@ -281,6 +282,16 @@ def test_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert contents(last(tmp_path)) == before
 
 
+def test_what_it_learns_from_may_not_change_under_a_run(tmp_path: Path) -> None:
+    train(Denoising(config(tmp_path)))
+    before = contents(last(tmp_path))
+    changed = Denoising(config(tmp_path, max_steps=STEPS + 2))
+    changed.inputs = changed.inputs | {"text encoder": "c"}
+    with pytest.raises(InputError, match="learned from another text encoder; restore"):
+        train(changed)
+    assert contents(last(tmp_path)) == before
+
+
 @pytest.mark.parametrize("changes", [{"seed": 8}, {"batch_size": 8}])
 def test_another_order_of_samples_is_refused(tmp_path: Path, changes: dict[str, int]) -> None:
     train(Denoising(config(tmp_path)))
@@ -347,7 +358,8 @@ def test_a_run_leaves_its_config_logs_samples_checkpoints_and_model(tmp_path: Pa
     assert sorted(os.listdir(tmp_path / "samples")) == grids
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000010", "step-000012"]
     state = json.loads((last(tmp_path) / "state.json").read_text())
-    assert state == {"step": 12, "samples": 72, "seed": 3}
+    inputs = {"noise": "a", "text encoder": "b"}
+    assert state == {"step": 12, "samples": 72, "seed": 3, "inputs": inputs}
 
     log = EventAccumulator(str(tmp_path / "logs"))
     log.Reload()
