@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.checkpoint import ModelParts
 from latentdiff.models.unet import Conditioning
-from latentdiff.request import Picture, Settings, is_sdxl
+from latentdiff.request import Picture, Settings, is_distilled, is_sdxl
 
 
 class TruncatedPromptWarning(UserWarning):
@@ -19,7 +19,7 @@ class TruncatedPromptWarning(UserWarning):
 
 def is_guided(parts: ModelParts, settings: Settings) -> bool:
     """Whether the U-Net runs twice a step: not at scale 1, nor where it reads the scale."""
-    return settings.guidance_scale != 1 and parts.unet.config.time_cond_proj_dim is None
+    return settings.guidance_scale != 1 and not is_distilled(parts)
 
 
 def chunks(parts: ModelParts, picture: Picture, settings: Settings) -> int:
@@ -30,38 +30,17 @@ def chunks(parts: ModelParts, picture: Picture, settings: Settings) -> int:
     return max(parts.text_encoder.chunks(texts, weighted=settings.weighted))
 
 
-def condition(
-    parts: ModelParts,
-    pictures: Sequence[Picture],
-    settings: Settings,
-    extra: Tensor | None,
-    device: torch.device,
-) -> Conditioning:
-    """What B pictures are conditioned on: a batch of 2B, negative prompts first, where guided.
+def embed(
+    parts: ModelParts, pictures: Sequence[Picture], settings: Settings
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [B, L, D] and SDXL's pooled [B, P], each distinct text encoded once.
 
-    extra: [1, C', h, w], channels that inpainting models read besides.
+    Where guided, B is twice the number of pictures, negative prompts first.
     """
     texts = [picture.prompt for picture in pictures]
     guided = is_guided(parts, settings)
     if guided:
         texts = [picture.negative_prompt for picture in pictures] + texts
-    hidden, pooled = _embed(parts, texts, settings, guided)
-    dtype = next(parts.unet.parameters()).dtype
-    time_ids = _time_ids(parts, settings, guided, len(pictures))
-    distilled = parts.unet.config.time_cond_proj_dim is not None
-    return parts.unet.condition(
-        hidden.to(device, dtype),
-        None if pooled is None else pooled.to(device, dtype),
-        None if time_ids is None else time_ids.to(device),
-        None if extra is None else extra.to(device, dtype).expand(len(texts), -1, -1, -1),
-        settings.guidance_scale if distilled else None,
-    )
-
-
-def _embed(
-    parts: ModelParts, texts: Sequence[str], settings: Settings, guided: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Hidden states [B, L, D] and SDXL's pooled [B, P], each distinct text encoded once."""
     distinct = list(dict.fromkeys(texts))
     embeddings = parts.text_encoder.encode(
         distinct, clip_skip=settings.clip_skip, weighted=settings.weighted
@@ -84,14 +63,36 @@ def _embed(
     return hidden, pooled
 
 
-def _time_ids(parts: ModelParts, settings: Settings, guided: bool, count: int) -> Tensor | None:
-    """SDXL's sizes and crop, or the refiner's sizes, crop and score: [B, 6] or [B, 5]."""
+def condition(
+    parts: ModelParts,
+    settings: Settings,
+    embeddings: tuple[Tensor, Tensor | None],
+    extra: Tensor | None,
+) -> Conditioning:
+    """What the U-Net is conditioned on, from what embed returns, on the U-Net's device.
+
+    extra: [1, C', h, w], channels that inpainting models read besides.
+    """
+    hidden, pooled = embeddings
+    weight = next(parts.unet.parameters())
+    time_ids = _time_ids(parts, settings, len(hidden))
+    return parts.unet.condition(
+        hidden.to(weight),
+        None if pooled is None else pooled.to(weight),
+        None if time_ids is None else time_ids.to(weight.device),
+        None if extra is None else extra.to(weight).expand(len(hidden), -1, -1, -1),
+        settings.guidance_scale if is_distilled(parts) else None,
+    )
+
+
+def _time_ids(parts: ModelParts, settings: Settings, rows: int) -> Tensor | None:
+    """SDXL's sizes and crop, [B, 6], or the refiner's with its score, [B, 5]."""
     if not is_sdxl(parts):
         return None
     sizes = [*(settings.original_size or ()), *(settings.crops_coords_top_left or ())]
-    ends: list[list[float]] = [list(settings.target_size or ())] * 2
-    if parts.requires_aesthetics_score:
-        scores = (settings.negative_aesthetic_score, settings.aesthetic_score)
-        ends = [[score] for score in scores if score is not None]
-    halves = ends if guided else ends[1:]
-    return torch.tensor([sizes + end for end in halves for _ in range(count)]).float()
+    if not parts.requires_aesthetics_score:
+        return torch.tensor([[*sizes, *(settings.target_size or ())]] * rows).float()
+    good, bad = [*sizes, settings.aesthetic_score], [*sizes, settings.negative_aesthetic_score]
+    if not is_guided(parts, settings):
+        return torch.tensor([good] * rows).float()
+    return torch.tensor([bad] * (rows // 2) + [good] * (rows // 2)).float()

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from latentdiff.checkpoint import ModelParts
 from latentdiff.diffusion.denoiser import DenoiserFunction, like
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.pictures import ImageSource, read_image, to_rgb
+from latentdiff.pictures import ImageSource, middle, read_image, to_rgb
 from latentdiff.recipe import InputPicture, picture_hash
 
 
@@ -81,7 +81,7 @@ def read_start(image: ImageSource, mask: ImageSource | None, parts: ModelParts) 
     if inpainting and mask is None:
         raise InputError("This is an inpainting model; give mask= too.")
     picture = read_image(image)
-    multiple = parts.autoencoder.scale_factor * parts.unet.downsampling
+    multiple = parts.autoencoder.scale_factor
     size = (picture.width // multiple * multiple, picture.height // multiple * multiple)
     if 0 in size:
         raise InputError(
@@ -112,15 +112,16 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """[1, 1, H, W], 1 where the picture is to be painted: where it is lighter than middle gray."""
-    gray = image.convert("L")
-    if gray.size != size:
-        gray = ImageOps.fit(gray, size, Image.Resampling.NEAREST)
-    return (torch.from_numpy(np.array(gray)) >= 128).float()[None, None]
+    gray = np.array(middle(image.convert("L"), size))
+    return (torch.from_numpy(gray) >= 128).float()[None, None]
 
 
 def shrink_mask(mask: Tensor, factor: int) -> Tensor:
-    """[1, 1, H, W] -> [1, 1, H/f, W/f], the upper left pixel of each block, as diffusers does."""
-    return F.interpolate(mask, scale_factor=1 / factor, mode="nearest")
+    """[1, 1, H, W] -> [1, 1, H/f, W/f]: each latent with a pixel to be painted.
+
+    diffusers looks at the upper left pixel of each alone.
+    """
+    return F.max_pool2d(mask, factor)
 
 
 def _named(source: ImageSource, image: Image.Image) -> InputPicture:

@@ -22,6 +22,8 @@ def read_image(source: ImageSource, what: str = "image") -> Image.Image:
     """The picture, turned as its EXIF data say. Raises InputError when it cannot be read."""
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"{what} is a {type(source).__name__}; give a PIL image or a path.")
     path = Path(source)
     if not path.is_file():
         raise InputError(f"There is no {what} {path}.")
@@ -34,13 +36,18 @@ def read_image(source: ImageSource, what: str = "image") -> Image.Image:
 
 
 def to_rgb(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """RGB of (width, height), cropped in the middle; transparent parts become white."""
+    """RGB of the middle (width, height); transparent parts become white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
-    image = image.convert("RGB")
-    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return middle(image.convert("RGB"), size)
+
+
+def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle (width, height) of a picture that is at least so large."""
+    left, top = ((had - kept) // 2 for had, kept in zip(image.size, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def check_output(path: Path) -> None:

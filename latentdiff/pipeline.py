@@ -19,7 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from latentdiff.checkpoint import ModelParts, load_model, save_model
-from latentdiff.conditioning import TruncatedPromptWarning, chunks, condition, is_guided
+from latentdiff.conditioning import (
+    TruncatedPromptWarning,
+    chunks,
+    condition,
+    embed,
+    is_guided,
+)
 from latentdiff.diffusion.denoiser import Denoiser, DenoiserFunction
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import InputError
@@ -31,14 +37,18 @@ from latentdiff.models.preview import LatentPreview
 from latentdiff.models.prompt import plain_text
 from latentdiff.pictures import ImageSource
 from latentdiff.recipe import Lora, Recipe, model_hash
-from latentdiff.request import Picture, Settings, read_pictures, read_settings
+from latentdiff.request import (
+    MAX_PICTURES,
+    Picture,
+    Settings,
+    read_pictures,
+    read_settings,
+    whole_number,
+)
 from latentdiff.sampling import fresh_noise, guided, initial_noise, noise_levels, to_pil
 from latentdiff.vocabulary import UnknownWordWarning, Vocabulary
 
 __all__ = ["Progress", "TextToImage", "TruncatedPromptWarning", "UnknownWordWarning", "generate"]
-
-BATCH = 8
-"""Pictures that are made together; no picture depends on it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class TextToImage:
     """A loaded model. Pictures depend on their prompt, seed and settings alone.
 
     Args:
-        parts: the networks, all on one device.
+        parts: the networks, all on one device; they are this object's from now on.
         offload_to: a device to compute on when the networks are on the CPU: each goes there for
             as long as it is needed, so that the largest alone must fit.
     """
@@ -76,7 +86,7 @@ class TextToImage:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         towers = {name: tower.model for name, tower in parts.towers.items()}
         self.adapters = Adapters({"unet": parts.unet, **towers})
-        self._loras: dict[str, Path] = {}
+        self._loras: dict[str, Lora] = {}
 
     @classmethod
     def load(
@@ -111,10 +121,10 @@ class TextToImage:
         Returns its name, by default the file's; see `adapters` for set_weights, fuse, unfuse and
         remove. Raises InputError, and changes nothing, when it does not fit.
         """
-        path = Path(path)
+        path = Path(path).expanduser().resolve()
         name = name or path.stem
         self.adapters.add(name, read_lora(path), weight)
-        self._loras[name] = path
+        self._loras[name] = Lora(file=path.name, sha256=model_hash(path))
         return name
 
     def generate(
@@ -127,6 +137,7 @@ class TextToImage:
         image: ImageSource | None = None,
         mask: ImageSource | None = None,
         tile: int | None = None,
+        batch_size: int = 8,
         progress: bool = False,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
@@ -144,6 +155,7 @@ class TextToImage:
                 is held at every step; the rest of the result is the image's own in any case.
             tile: encode and decode this many rows of latents at a time, 8 for instance: the same
                 picture to rounding, in less memory.
+            batch_size: pictures that are made together; no picture depends on it.
             progress: show a bar on stderr.
             height, width: in pixels; by default the size the model was trained at.
             num_inference_steps: 25 by default, at most the training schedule's length; heun, dpm2
@@ -184,6 +196,7 @@ class TextToImage:
             image=image,
             mask=mask,
             tile=tile,
+            batch_size=batch_size,
             previews=False,
             **settings,
         )
@@ -200,6 +213,7 @@ class TextToImage:
         image: ImageSource | None = None,
         mask: ImageSource | None = None,
         tile: int | None = None,
+        batch_size: int = 8,
         previews: bool = True,
         **settings: Any,
     ) -> Iterator[Progress]:
@@ -220,57 +234,59 @@ class TextToImage:
             settings |= sizes
         asked = read_settings(self.parts, from_image=start is not None, **settings)
         pictures = read_pictures(prompt, negative_prompt, seed, num_images_per_prompt)
+        if tile is not None:
+            tile = whole_number(tile, "tile", 1, asked.height)
+        batch_size = whole_number(batch_size, "batch_size", 1, MAX_PICTURES)
         self._warn_of_unknown_words(pictures, asked.weighted)
-        return self._run(pictures, asked, start, tile, previews)
+        facts = self._facts(start)
+        batches = list(self._batches(pictures, asked, batch_size))
+        return self._run(batches, asked, start, tile, facts, previews)
 
     def _run(
         self,
-        pictures: Sequence[Picture],
+        batches: Sequence[Sequence[Picture]],
         settings: Settings,
         start: Start | None,
         tile: int | None,
+        facts: dict[str, Any],
         previews: bool,
     ) -> Iterator[Progress]:
-        batches = list(self._batches(pictures, settings))
         steps = len(noise_levels(self.parts, settings, start)) - 1
         total, images = steps * len(batches), list[Image.Image]()
+        if start is not None:
+            with torch.inference_mode(), self._placed(self.parts.autoencoder):
+                start = start.encoded(self.parts.autoencoder, self._device, tile)
+        if previews:
+            _ = self.preview  # fitted now, while no other network is on the device
         for number, batch in enumerate(batches):
-            for done, state in enumerate(
-                self._sample(batch, settings, start, tile), number * steps + 1
-            ):
+            for done, state in enumerate(self._sample(batch, settings, start), number * steps + 1):
                 latents, denoised = state
                 if done < total:
                     yield Progress(done, total, self._preview(denoised) if previews else [])
-            images += self._decode(batch, settings, start, latents, tile)
+            pictures = self._decode(latents, start, tile)
+            for image, picture in zip(pictures, batch, strict=True):
+                recipe = Recipe(**asdict(picture), **asdict(settings), **facts)
+                image.info.update(recipe.to_png_text())
+            images += pictures
         yield Progress(total, total, images)
 
-    def _batches(self, pictures: Sequence[Picture], settings: Settings) -> Iterator[list[Picture]]:
-        """Neighbours of equally many chunks of tokens, at most BATCH."""
+    def _batches(
+        self, pictures: Sequence[Picture], settings: Settings, size: int
+    ) -> Iterator[list[Picture]]:
+        """Neighbours of equally many chunks of tokens, at most `size`."""
         for _, alike in itertools.groupby(pictures, lambda p: chunks(self.parts, p, settings)):
             group = list(alike)
-            yield from (group[first : first + BATCH] for first in range(0, len(group), BATCH))
+            yield from (group[first : first + size] for first in range(0, len(group), size))
 
     @torch.inference_mode()
     def _sample(
-        self,
-        pictures: Sequence[Picture],
-        settings: Settings,
-        start: Start | None,
-        tile: int | None,
+        self, pictures: Sequence[Picture], settings: Settings, start: Start | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """After each step the latents, scaled as they will be decoded, and the denoised."""
         parts, device = self.parts, self._device
-        extra = None
-        if start is not None:
-            with self._placed(parts.autoencoder):
-                start = start.encoded(parts.autoencoder, device, tile)
-            extra = start.extra
-        with self._placed(parts.text_encoder), self._placed(parts.unet):
-            cond = condition(parts, pictures, settings, extra, device)
         denoiser: DenoiserFunction = Denoiser(self._network, parts.schedule, parts.parameterization)
         if is_guided(parts, settings):
             denoiser = guided(denoiser, settings)
-
         sigmas = noise_levels(parts, settings, start).to(device)
         noise = initial_noise(parts, pictures, settings).to(device)
         if start is None or start.from_noise(settings.strength):
@@ -282,30 +298,19 @@ class TextToImage:
             denoiser = blend(denoiser, start.held, start.latents, noise)
         fresh = functools.partial(fresh_noise, pictures, x)
         options = {} if settings.eta is None else {"eta": settings.eta}
-        sampler = SAMPLERS[settings.sampler]
+        with self._placed(parts.text_encoder):
+            embeddings = embed(parts, pictures, settings)
         with self._placed(parts.unet):
+            cond = condition(parts, settings, embeddings, None if start is None else start.extra)
+            sampler = SAMPLERS[settings.sampler]
             for step in sampler(denoiser, x, sigmas, cond, noise=fresh, **options):
                 yield step.x / math.sqrt(1 + step.sigma**2), step.denoised
 
     @torch.inference_mode()
-    def _decode(
-        self,
-        pictures: Sequence[Picture],
-        settings: Settings,
-        start: Start | None,
-        latents: Tensor,
-        tile: int | None,
-    ) -> list[Image.Image]:
+    def _decode(self, latents: Tensor, start: Start | None, tile: int | None) -> list[Image.Image]:
         with self._placed(self.parts.autoencoder):
             decoded = self.parts.autoencoder.decode(latents, tile).float().cpu()
-        if start is not None:
-            decoded = start.keep(decoded)
-        images = to_pil(decoded)
-        facts = self._facts(start)
-        for image, picture in zip(images, pictures, strict=True):
-            recipe = Recipe(**asdict(picture), **asdict(settings), **facts)
-            image.info.update(recipe.to_png_text())
-        return images
+        return to_pil(decoded if start is None else start.keep(decoded))
 
     def _network(self, sample: Tensor, timestep: Tensor, cond: Any) -> Tensor:
         """The U-Net in its own dtype, whatever that of the sampler's x."""
@@ -342,7 +347,7 @@ class TextToImage:
         if parts.other_vae is not None:
             facts["vae_sha256"] = model_hash(parts.other_vae)
         facts["loras"] = tuple(
-            Lora(file=self._loras[name].name, sha256=model_hash(self._loras[name]), weight=weight)
+            self._loras[name].model_copy(update={"weight": weight})
             for name, weight in self.adapters.weights.items()
             if name in self._loras
         )

@@ -91,9 +91,9 @@ def read_settings(
     Raises InputError for a value that cannot be, and for one that the model has no use for.
     """
     factor = parts.autoencoder.scale_factor
-    default, multiple = parts.unet.config.sample_size * factor, factor * parts.unet.downsampling
-    height = check_side(height, "height", default, multiple)
-    width = check_side(width, "width", default, multiple)
+    default = parts.unet.config.sample_size * factor
+    height = check_side(height, "height", default, factor)
+    width = check_side(width, "width", default, factor)
     most = parts.scheduler_config.num_train_timesteps
     steps = whole_number(num_inference_steps, "num_inference_steps", 1, most)
     if guidance_scale is None:
@@ -108,6 +108,13 @@ def read_settings(
     rescale = number(guidance_rescale, "guidance_rescale", 0, 1)
     if rescale and guidance != "cfg":
         raise InputError("guidance_rescale belongs to the guidance cfg; leave one of them out.")
+    if clip_skip is not None:
+        clip_skip = whole_number(clip_skip, "clip_skip", 0, 64)
+        parts.text_encoder.check_clip_skip(clip_skip)
+    if is_distilled(parts) and (rescale or guidance != "cfg" or guidance_interval is not None):
+        raise InputError(
+            "This model was distilled with its guidance; it has a guidance_scale alone."
+        )
     size = (height, width)
     if not is_sdxl(parts):
         _refuse(
@@ -143,7 +150,7 @@ def read_settings(
         guidance_interval=check_interval(guidance_interval),
         eta=eta,
         spacing=None if spacing is None else check_choice(spacing, "spacing", SPACINGS),
-        clip_skip=None if clip_skip is None else whole_number(clip_skip, "clip_skip", 0, 64),
+        clip_skip=clip_skip,
         weighted=bool(weighted),
         strength=check_strength(1.0 if strength is None else strength, steps)
         if from_image
@@ -166,6 +173,11 @@ def default_guidance_scale(parts: ModelParts) -> float:
 def is_sdxl(parts: ModelParts) -> bool:
     """Whether the U-Net also reads a pooled embedding and sizes (Podell et al. 2023)."""
     return parts.unet.config.addition_embed_type is not None
+
+
+def is_distilled(parts: ModelParts) -> bool:
+    """Whether the U-Net reads the guidance scale (Luo et al. 2023) and so runs once a step."""
+    return parts.unet.config.time_cond_proj_dim is not None
 
 
 def _refuse(whose: str, **given: Any) -> None:

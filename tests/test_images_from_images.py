@@ -167,9 +167,24 @@ def test_what_is_outside_the_mask_stays(
 
 
 def test_sides_are_cut_to_what_the_model_makes(tiny: TextToImage) -> None:
-    made = tiny.generate("fox", image=Image.new("RGB", (75, 50), "red"), num_inference_steps=2)
+    """In the middle, without scaling: outside the mask every pixel is the picture's."""
+    noise = np.random.default_rng(0).integers(0, 256, (53, 77, 3), dtype=np.uint8)
+    mask = Image.new("L", (77, 53))
+    ImageDraw.Draw(mask).rectangle((20, 20, 40, 30), fill="white")
+    made = tiny.generate("fox", image=Image.fromarray(noise), mask=mask, num_inference_steps=2)
     assert isinstance(made, Image.Image)
-    assert made.size == (64, 48)
+    assert made.size == (72, 48)
+    outside = np.asarray(mask)[2:50, 2:74] == 0
+    assert (np.asarray(made) == noise[2:50, 2:74])[outside].all()
+
+
+def test_a_mask_of_a_few_pixels_is_painted(tiny: TextToImage, photo: Image.Image) -> None:
+    mask = Image.new("L", photo.size)
+    ImageDraw.Draw(mask).rectangle((21, 22, 23, 23), fill="white")
+    made = pixels([tiny.generate(PROMPT, image=photo, mask=mask, seed=1, **SETTINGS)])[0]
+    changed = (made != pixels([photo])[0]).any(axis=-1)
+    assert changed[22:24, 21:24].all()
+    assert changed.sum() == 6
 
 
 def test_transparency_and_gray(tiny: TextToImage) -> None:

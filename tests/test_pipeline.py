@@ -67,7 +67,7 @@ class TestAgainstDiffusers:
     )
 
     @pytest.mark.parametrize(("sampler", "scheduler", "options"), SCHEDULERS)
-    @pytest.mark.parametrize(("guidance_scale", "size"), [(1.0, (64, 64)), (3.5, (48, 80))])
+    @pytest.mark.parametrize(("guidance_scale", "size"), [(1.0, (64, 64)), (3.5, (56, 72))])
     def test_same_noise_same_picture(
         self,
         tiny: TextToImage,
@@ -270,6 +270,14 @@ def test_no_unconditional_half_without_guidance(
     assert batches == [1, 1, 2, 2]
 
 
+def test_the_size_of_batches_changes_no_picture(tiny: TextToImage) -> None:
+    settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 3}
+    prompts = [PROMPT, "fox", "a " * 40 + "rocket", "fox", "red apple"]  # one in two chunks
+    whole = tiny.generate(prompts, **settings)
+    for batch_size in (1, 2, 5):
+        assert_same(whole, tiny.generate(prompts, batch_size=batch_size, **settings), within=1)
+
+
 def test_touches_nothing_global(tiny: TextToImage) -> None:
     before = torch.get_rng_state()
     tiny.generate("fox", num_inference_steps=2, sampler="ddpm")
@@ -288,9 +296,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "fox \ud83d"}, "half a character"),
     ({"negative_prompt": None}, "negative_prompt must be a string or a list"),
     ({"prompt": ["fox"] * 3, "negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),
-    ({"height": 60}, "height is 60; this model makes multiples of 16, for example 48 or 64"),
-    ({"width": 24}, "width is 24; this model makes multiples of 16, for example 16 or 32"),
-    ({"width": 0}, "width is 0; it must be a whole number from 16 to 8192"),
+    ({"height": 60}, "height is 60; this model makes multiples of 8, for example 56 or 64"),
+    ({"width": 20}, "width is 20; this model makes multiples of 8, for example 16 or 24"),
+    ({"width": 0}, "width is 0; it must be a whole number from 8 to 8192"),
     ({"height": 64.0}, "height is 64.0; it must be a whole number"),
     ({"height": 16384}, "height is 16384"),
     ({"num_inference_steps": 0}, "num_inference_steps is 0; .* from 1 to 1000"),
@@ -324,7 +332,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": Image.new("RGB", (64, 64)), "strength": 1.5}, "strength is 1.5"),
     ({"image": Image.new("RGB", (64, 64)), "strength": 0.01}, "leaves none to take"),
     ({"image": Image.new("RGB", (64, 64)), "height": 32}, "The image sets height and width"),
-    ({"image": Image.new("RGB", (8, 64))}, "8 x 64 pixels; this model needs 16"),
+    ({"image": Image.new("RGB", (7, 64))}, "7 x 64 pixels; this model needs 8"),
+    ({"image": 3}, "image is a int; give a PIL image or a path"),
+    ({"tile": 0}, "tile is 0"),
+    ({"tile": 2.5}, "tile is 2.5; it must be a whole number"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"clip_skip": 2}, "clip_skip must be from 0 to 1 for this model"),
     ({"image": "nowhere.png"}, "There is no image nowhere.png"),
     (
         {"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (32, 64))},

@@ -169,6 +169,16 @@ class TextEncoder(nn.Module):
         tower: Any = getattr(self.model, "text_model", self.model)
         return tower.final_layer_norm(output.hidden_states[-(skip + 1)])
 
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Raises InputError where encode would."""
+        if clip_skip and not self.reads_chunks:
+            raise InputError(
+                f"clip_skip is of CLIP; this text encoder is {type(self.model).__name__}; leave it "
+                "out."
+            )
+        if clip_skip:
+            self._checked_skip(clip_skip, kept=1)
+
     def _checked_skip(self, clip_skip: int | None, kept: int) -> int:
         skip, most = clip_skip or 0, self.model.config.num_hidden_layers - kept
         if not 0 <= skip <= most:
@@ -302,6 +312,11 @@ class TextEncoders(nn.Module):
             torch.stack(ids, dim=1).flatten(2),
             [],
         )
+
+    def check_clip_skip(self, clip_skip: int | None) -> None:
+        """Raises InputError where encode would."""
+        for tower in self.towers:
+            tower._checked_skip(clip_skip, kept=2)
 
     def _run(self, ids: Sequence[Tensor], clip_skip: int | None) -> tuple[list[Tensor], Tensor]:
         """Each tower's hidden states [B, L, D_n] of its ids [B, L]; the last's pooled [B, P]."""

@@ -288,11 +288,6 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    @property
-    def downsampling(self) -> int:
-        """Latents' sides should be multiples of this."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
-
     def condition(
         self,
         hidden: Tensor,
