@@ -8,7 +8,6 @@ import math
 import os
 import re
 import statistics
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from latentdiff.errors import InputError
 from latentdiff.lora import LoRA, LoRALayer
-from latentdiff.model_files import PICKLES, check_file, read_weights
+from latentdiff.model_files import PICKLES, check_file, read_weights, staged_file
 from latentdiff.weights import TOWER
 
 MAX_LORA_BYTES = 4 << 30
@@ -132,14 +131,9 @@ def save_lora(lora: LoRA, path: str | os.PathLike[str]) -> None:
                 state[f"{part}.{name}.{end}.weight"] = stored
         for key, value in _peft_config(layers).items():
             settings[f"{part}.{key}"] = value
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     metadata = {"format": "pt", METADATA: json.dumps(settings, sort_keys=True)}
-    try:
+    with staged_file(file) as staging:
         save_file(state, staging, metadata=metadata)
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _checked(path: Path) -> Path:
