@@ -40,8 +40,8 @@ WIDTHS = ("block_out_channels", "cross_attention_dim")
 FIRST_CONVOLUTION = UNET + "input_blocks.0.0.weight"
 
 
-def find_family(shapes: Mapping[str, list[int]], path: Path) -> str:
-    """Which of families.FAMILIES a file holds, by its names and shapes alone.
+def find_kind(shapes: Mapping[str, list[int]], path: Path) -> str:
+    """Which of sd1, sd2, sdxl and sdxl_refiner has a file's text encoders, by its names alone.
 
     Raises InputError for a file that holds no such model, or not all of one.
     """
@@ -55,18 +55,25 @@ def find_family(shapes: Mapping[str, list[int]], path: Path) -> str:
         for prefix in (CLIP, OPEN_CLIP, CLIP_XL, OPEN_CLIP_XL, OPEN_CLIP_REFINER)
     }
     if present[CLIP]:
-        family = "sd1"
-    elif present[OPEN_CLIP]:
-        family = "sd2"
-    elif present[CLIP_XL] and present[OPEN_CLIP_XL]:
-        family = "sdxl"
-    elif present[OPEN_CLIP_REFINER]:
-        family = "sdxl_refiner"
-    else:
-        raise InputError(
-            f"{path} holds a U-Net but no text encoder of Stable Diffusion 1, 2 or XL; give a "
-            "whole checkpoint."
-        )
+        return "sd1"
+    if present[OPEN_CLIP]:
+        return "sd2"
+    if present[CLIP_XL] and present[OPEN_CLIP_XL]:
+        return "sdxl"
+    if present[OPEN_CLIP_REFINER]:
+        return "sdxl_refiner"
+    raise InputError(
+        f"{path} holds a U-Net but no text encoder of Stable Diffusion 1, 2 or XL; give a "
+        "whole checkpoint."
+    )
+
+
+def find_family(shapes: Mapping[str, list[int]], path: Path) -> str:
+    """Which of families.FAMILIES a file holds that does not say it, by its names and shapes.
+
+    Raises InputError for a file that holds no such model, or not all of one.
+    """
+    family = find_kind(shapes, path)
     channels = shapes[FIRST_CONVOLUTION][1]
     if channels == 9 and family != "sdxl_refiner":
         return f"{family}_inpaint"
@@ -109,9 +116,9 @@ class SingleFileSource(Source):
 
     def __init__(self, path: Path, prediction_type: str | None = None) -> None:
         self._shapes = weight_shapes(path)
-        self.family = find_family(self._shapes, path)
         metadata = weight_metadata(path)
         self._own = _own_values(metadata, path)
+        self.family = (find_kind if self._own else find_family)(self._shapes, path)
         if self._own:
             index, self._configs = self._own["index"], self._own["configs"]
         else:
@@ -278,7 +285,8 @@ def _modelspec(family: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 def _check_replaceable(path: Path) -> None:
     try:
-        find_family(weight_shapes(path), path)
+        if OWN not in weight_metadata(path):
+            find_family(weight_shapes(path), path)
     except (InputError, OSError):
         raise InputError(f"{path} exists and is no model; choose another place.") from None
 
