@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,6 +126,11 @@ def read_weights(
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
+
+
+def read_shards(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of all the files of one network. Raises InputError when one is damaged."""
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
 
 
 def weight_shapes(path: Path) -> dict[str, list[int]]:

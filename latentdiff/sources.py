@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import InputError
 from latentdiff.model_files import (
     read_json,
-    read_weights,
+    read_shards,
     weight_shapes,
     weights_files,
     weights_name,
@@ -149,7 +149,7 @@ class DirectorySource(Source):
         return {n: s for file in self.files(component) for n, s in weight_shapes(file).items()}
 
     def tensors(self, component: str) -> dict[str, Tensor]:
-        return {n: t for file in self.files(component) for n, t in read_weights(file).items()}
+        return read_shards(self.files(component))
 
     def check_tokenizer(self, tower: str) -> None:
         check_tokenizer(self.path / tokenizer_of(tower))
