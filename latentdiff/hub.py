@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -35,14 +36,15 @@ CONFIGS = (
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def model_path(model: str | os.PathLike[str] | None = None) -> Path:
+def model_path(model: str | os.PathLike[str] | None = None, own_vae: bool = True) -> Path:
     """The directory or .safetensors file of a model: a path, a name on the Hugging Face hub as
     owner/name[@revision], which is downloaded where it is not in the hub's cache, or the bundled
-    model's name (also None). What is on disk goes before the hub.
+    model's name (also None). What is on disk goes before the hub, from which its VAE's weights come
+    only if `own_vae`.
 
     Raises InputError where there is none.
     """
-    return found_path(model, download_model)
+    return found_path(model, functools.partial(download_model, own_vae=own_vae))
 
 
 def found_path(
@@ -75,21 +77,25 @@ def is_hub_name(model: str) -> bool:
     return NAME.fullmatch(model) is not None
 
 
-def download_model(model: str) -> Path:
+def download_model(model: str, own_vae: bool = True) -> Path:
     """The snapshot directory of owner/name[@revision], with what load_model needs and no more.
 
     The plain weights where there are any, else those of the variant fp16. Files in the hub's cache
     are not loaded again; without a network, or with HF_HUB_OFFLINE=1, the cache is all there is.
-    Raises InputError when the model is neither there nor within reach.
+    Raises InputError when the model is neither there nor within reach, or its weights are pickles.
     """
+    networks = [name for name in NETWORKS if name != "vae" or own_vae]
     snapshot = _snapshot(model, CONFIGS)
     for variant in ("", VARIANT):
-        missing = [name for name in NETWORKS if _lacks_weights(snapshot / name, weights_name(name))]
+        missing = [name for name in networks if _lacks_weights(snapshot / name, weights_name(name))]
         patterns = [
             p for name in missing for p in _weights(f"{name}/{weights_name(name)}", variant)
         ]
         if patterns:
             snapshot = _snapshot(model, patterns)
+    for name in networks:
+        if _lacks_weights(snapshot / name, weights_name(name)):
+            _refuse_pickles(model, f"{name}/")
     return snapshot
 
 
@@ -100,11 +106,31 @@ def download_autoencoder(model: str) -> Path:
     for variant in ("", VARIANT):
         if _lacks_weights(snapshot / folder, weights_name("vae")):
             snapshot = _snapshot(model, _weights(folder + weights_name("vae"), variant))
+    if _lacks_weights(snapshot / folder, weights_name("vae")):
+        _refuse_pickles(model, folder)
     return snapshot
 
 
 def _lacks_weights(folder: Path, stem: str) -> bool:
     return (folder / "config.json").is_file() and not whole_weights(folder, stem)
+
+
+def _refuse_pickles(model: str, folder: str) -> None:
+    """Raises InputError when the hub lists a pickle, and nothing else to read, in `folder`."""
+    from huggingface_hub import list_repo_files
+
+    name, _, revision = model.partition("@")
+    try:
+        listed = list_repo_files(name, revision=revision or None)
+    except Exception:  # out of reach: whatever looks for the file next says that it is not there
+        return
+    inside = [file for file in listed if file.rpartition("/")[0] == folder.rstrip("/")]
+    pickles = sorted(file for file in inside if file.endswith(PICKLES))
+    if pickles and not any(file.endswith(SINGLE_FILE) for file in inside):
+        raise InputError(
+            f"{model} has weights only as a pickle ({pickles[0]}), which can run code when opened "
+            f"and is not downloaded; {CONVERT}"
+        )
 
 
 def _weights(stem: str, variant: str) -> list[str]:
