@@ -15,7 +15,7 @@ from latentdiff.data.scenes import ScenesConfig
 from latentdiff.diffusion.parameterization import Parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import InputError
-from latentdiff.hub import SINGLE_FILE, download_autoencoder, found_path, model_path
+from latentdiff.hub import BUNDLED, SINGLE_FILE, download_autoencoder, found_path, model_path
 from latentdiff.model_files import (
     staged_directory,
     validated,
@@ -61,6 +61,8 @@ class ModelParts:
     """Whether the size conditioning ends with an aesthetic score (SDXL's refiner)."""
     other_vae: Path | None = None
     """Where the VAE was loaded from, if not with the rest."""
+    name: str = ""
+    """The model as load_model was given it: a path, a name on the hub, or the bundled one's."""
 
     schedule: Schedule = field(init=False)
     """The noise schedule that scheduler_config describes."""
@@ -70,6 +72,14 @@ class ModelParts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", self.scheduler_config.schedule())
         object.__setattr__(self, "parameterization", self.scheduler_config.parameterization())
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net was trained to fill in: with the latents it takes a mask and the
+        latents around it (the runwayml inpainting model's 9 channels). Pipelines named Inpaint may
+        have a plain one.
+        """
+        return self.unet.config.in_channels == 2 * self.autoencoder.latent_channels + 1
 
     @property
     def towers(self) -> dict[str, TextEncoder]:
@@ -84,10 +94,15 @@ class ModelParts:
 
 
 def open_source(
-    model: str | os.PathLike[str] | None = None, prediction_type: str | None = None
+    model: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    own_vae: bool = True,
 ) -> Source:
-    """The parts of a model, before any weights are read; see load_model."""
-    path = model_path(model)
+    """The parts of a model, before any weights are read; see load_model.
+
+    own_vae: whether the weights of its VAE are wanted.
+    """
+    path = model_path(model, own_vae)
     return DirectorySource(path) if path.is_dir() else SingleFileSource(path, prediction_type)
 
 
@@ -113,7 +128,9 @@ def load_model(
     read, for a model that is missing, incomplete or unsupported, and then for weights that are
     damaged or do not fit.
     """
-    source = open_source(model, prediction_type)
+    other_vae = None if vae is None else found_path(vae, download_autoencoder, "VAE")
+    source = open_source(model, prediction_type, own_vae=vae is None)
+    load_vae = None if other_vae is None else load_other_vae(other_vae, source)
     parts = [name for name in source.networks if name != "vae" or vae is None]
     for name in parts:
         source.files(name)
@@ -144,10 +161,7 @@ def load_model(
         return module.to(device)
 
     unet = part("unet", build_unet)
-    if vae is None:
-        autoencoder = part("vae", build_vae)
-    else:
-        autoencoder = load_other_vae(vae, source, dtype).to(device)
+    autoencoder = load_vae(dtype).to(device) if load_vae else part("vae", build_vae)
     towers = [
         TextEncoder(source.tokenizer(tower), part(tower, build_tower(source.class_name(tower))))
         for tower in source.towers
@@ -163,7 +177,8 @@ def load_model(
         source.pipeline,
         source.flag("force_zeros_for_empty_prompt", True) if xl else False,
         source.flag("requires_aesthetics_score", False) if xl else False,
-        None if vae is None else found_path(vae, download_autoencoder, "VAE"),
+        other_vae,
+        BUNDLED if model is None else str(model),
     )
     _check_fit(loaded)
     return loaded
@@ -258,12 +273,21 @@ def _index(parts: ModelParts) -> dict[str, Any]:
 def _check_fit(parts: ModelParts) -> None:
     """Raises InputError for parts of different models."""
     unet, latents = parts.unet.config, parts.autoencoder.latent_channels
-    inpainting = "Inpaint" in parts.pipeline
-    channels = 2 * latents + 1 if inpainting else latents
-    if unet.in_channels not in (channels, latents):
+    if parts.inpaints and "Inpaint" not in parts.pipeline:
+        raise InputError(
+            f"The U-Net takes {unet.in_channels} channels, as for inpainting, but the model is a "
+            f"{parts.pipeline}; correct _class_name in model_index.json."
+        )
+    if unet.in_channels != latents and not parts.inpaints:
         raise InputError(
             f"The U-Net takes {unet.in_channels} channels but the latents have {latents}; "
             "unet/ and vae/ belong to different models."
+        )
+    if unet.out_channels != latents:
+        raise InputError(
+            f"The U-Net gives {unet.out_channels} channels but the latents have {latents}; "
+            "unet/ and vae/ belong to different models, or it predicts variances too, which is not "
+            "supported."
         )
     if unet.cross_attention_dim != parts.text_encoder.hidden_size:
         raise InputError(

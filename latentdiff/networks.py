@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,9 @@ import torch
 
 from latentdiff.compvis_names import UNET, VAE, Layout, vae_names
 from latentdiff.errors import InputError
-from latentdiff.hub import download_autoencoder, found_path
 from latentdiff.model_files import (
     read_json,
+    read_shards,
     read_weights,
     weight_shapes,
     weights_files,
@@ -27,6 +27,7 @@ from latentdiff.weights import load_module
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from latentdiff.models.text_encoder import TextEncoder
@@ -97,31 +98,44 @@ def load_text_encoder(directory: Path) -> TextEncoder:
     if name is None:
         raise InputError(f"{path} describes none of {', '.join(TOWER_CLASSES)}.")
     files = weights_files(folder, weights_name("text_encoder"))
-    tensors = {name: t for file in files for name, t in read_weights(file).items()}
-    tower = load_module(build_tower(name), config, path, tensors, files[0], torch.float32)
+    build = build_tower(name)
+    tower = load_module(build, config, path, read_shards(files), files[0], torch.float32)
     return TextEncoder(load_tokenizer(directory / "tokenizer"), tower)
 
 
-def load_other_vae(
-    vae: str | os.PathLike[str], source: Source, dtype: torch.dtype
-) -> AutoencoderKL:
-    """The VAE at `vae` to take the place of `source`'s own; see checkpoint.load_model."""
-    path = found_path(vae, download_autoencoder, "VAE")
+def load_other_vae(path: Path, source: Source) -> Callable[[torch.dtype], AutoencoderKL]:
+    """What loads the VAE at `path` to take the place of `source`'s own; see checkpoint.load_model.
+
+    Its config and the names of its tensors are read at once, the weights when the result is called.
+    Both raise InputError.
+    """
+
+    def load(dtype: torch.dtype) -> AutoencoderKL:
+        return load_module(build_vae, config, config_path, tensors(), file, dtype)
+
+    config_path = file = path
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         config_path = folder / "config.json"
         config = read_json(config_path)
         files = weights_files(folder, weights_name("vae"))
-        tensors = {name: t for file in files for name, t in read_weights(file).items()}
-        return load_module(build_vae, config, config_path, tensors, files[0], dtype)
+        file, tensors = files[0], functools.partial(read_shards, files)
+        return load
     shapes = weight_shapes(path)
     if any(name.startswith(UNET) for name in shapes):
         other = SingleFileSource(path)
-        config, tensors = other.config("vae"), other.tensors("vae")
+        other.files("vae")
+        config, tensors = other.config("vae"), functools.partial(other.tensors, "vae")
     else:
         config = source.config("vae")
-        tensors = read_weights(path, lambda name: not name.startswith(NOT_OF_VAE))
-        if not any(name.startswith("encoder.down_blocks.") for name in tensors):
-            prefix = VAE if any(name.startswith(VAE) for name in tensors) else ""
-            tensors = Layout(prefix, vae_names(config)).read(tensors)
-    return load_module(build_vae, config, path, tensors, path, dtype)
+        tensors = functools.partial(_vae_alone, path, config)
+    return load
+
+
+def _vae_alone(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """From a file with a VAE alone, under the names of diffusers or CompVis."""
+    tensors = read_weights(path, lambda name: not name.startswith(NOT_OF_VAE))
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return tensors
+    prefix = VAE if any(name.startswith(VAE) for name in tensors) else ""
+    return Layout(prefix, vae_names(config)).read(tensors)

@@ -311,10 +311,49 @@ def test_never_opens_a_pickle(copy: Path, tmp_path: Path, suffix: str) -> None:
     assert not marker.exists()
 
 
-def test_refuses_parts_of_different_models(copy: Path) -> None:
-    edit(copy / "unet" / "config.json", in_channels=5)
-    weights = load_file(copy / WEIGHTS)
-    weights["conv_in.weight"] = torch.zeros(32, 5, 3, 3)
-    save_file(weights, copy / WEIGHTS)
-    with pytest.raises(InputError, match="takes 5 channels but the latents have 4"):
+def with_channels(directory: Path, taken: int, given: int) -> None:
+    """A U-Net that takes and gives so many."""
+    edit(directory / "unet" / "config.json", in_channels=taken, out_channels=given)
+    weights = load_file(directory / WEIGHTS)
+    weights["conv_in.weight"] = torch.zeros(32, taken, 3, 3)
+    weights["conv_out.weight"], weights["conv_out.bias"] = (
+        torch.zeros(given, 32, 3, 3),
+        torch.zeros(given),
+    )
+    save_file(weights, directory / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "taken", "given", "message"),
+    [
+        ("StableDiffusionPipeline", 5, 4, "takes 5 channels but the latents have 4"),
+        ("StableDiffusionInpaintPipeline", 8, 4, "takes 8 channels but the latents have 4"),
+        ("StableDiffusionPipeline", 9, 4, "9 channels, as for inpainting, but the model is a Stab"),
+        ("StableDiffusionPipeline", 4, 8, "gives 8 channels but the latents have 4"),
+        ("StableDiffusionInpaintPipeline", 9, 8, "gives 8 channels but the latents have 4"),
+    ],
+)
+def test_refuses_parts_of_different_models(
+    copy: Path, pipeline: str, taken: int, given: int, message: str
+) -> None:
+    with_channels(copy, taken, given)
+    edit(copy / "model_index.json", _class_name=pipeline)
+    with pytest.raises(InputError, match=message):
         load_model(copy)
+
+
+@pytest.mark.parametrize(("taken", "inpaints"), [(4, False), (9, True)])
+def test_channels_tell_a_unet_trained_to_fill_in(copy: Path, taken: int, inpaints: bool) -> None:
+    with_channels(copy, taken, 4)
+    edit(copy / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    assert load_model(copy).inpaints is inpaints
+
+
+def test_a_model_keeps_the_name_that_it_was_given(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, tiny_parts: ModelParts
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert load_model("copy/").name == "copy/"
+    assert load_model(copy).name == str(copy)
+    assert load_model().name == load_model("emoji").name == "emoji"
+    assert tiny_parts.name == ""

@@ -82,7 +82,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestOffline:
     def test_loads_a_whole_model(self, cache: Path) -> None:
         loaded = load_model(NAME, vae=NAME)
-        assert loaded.directory == cache
+        assert loaded.directory == loaded.other_vae == cache
+        assert loaded.name == NAME
         assert loaded.autoencoder.scaling == 0.7
 
     def test_an_incomplete_snapshot_is_named(self, cache: Path) -> None:
@@ -129,12 +130,22 @@ SUPERFLUOUS = [
 
 
 @pytest.fixture
-def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def listing() -> list[str]:
+    """What lies on the hub."""
+    return [*PLAIN, *SUPERFLUOUS]
+
+
+@pytest.fixture
+def remote(tmp_path: Path, listing: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub with one model; downloads what is asked for into the folder."""
+
+    def list_files(name: str, revision: str | None) -> list[str]:
+        assert (name, revision) == (NAME, "v2")
+        return listing
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         assert (name, revision) == (NAME, "v2")
-        for file in (*PLAIN, *SUPERFLUOUS):
+        for file in listing:
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / file).parent.mkdir(exist_ok=True)
                 weight_map = '{"weight_map": {"x": "' + Path(PLAIN[6]).name + '"}}'
@@ -142,6 +153,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_files)
     return tmp_path
 
 
@@ -157,6 +169,43 @@ def test_downloads_what_is_needed_and_no_more(remote: Path) -> None:
 def test_downloads_a_vae_alone(remote: Path) -> None:
     assert hub.download_autoencoder(f"{NAME}@v2") == remote
     assert downloaded(remote) == sorted(file for file in PLAIN if file.startswith("vae/"))
+
+
+class TestPicklesOnTheHub:
+    @pytest.fixture
+    def listing(self) -> list[str]:
+        return [
+            "model_index.json",
+            "unet/config.json",
+            UNET,
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.bin",
+            "model.ckpt",
+        ]
+
+    def test_are_named_and_stay_there(self, remote: Path, listing: list[str]) -> None:
+        message = (
+            f"{NAME}@v2 has weights only as a pickle .vae/diffusion_pytorch_model.bin., which can "
+            "run code .*; convert it once, .*safe_serialization"
+        )
+        for download in (hub.download_model, hub.download_autoencoder):
+            with pytest.raises(InputError, match=message) as caught:
+                download(f"{NAME}@v2")
+            assert "\n" not in str(caught.value)
+        assert downloaded(remote) == sorted(set(listing) - {listing[4], "model.ckpt"})
+
+    def test_do_not_matter_where_another_vae_is_given(self, remote: Path) -> None:
+        assert model_path(f"{NAME}@v2", own_vae=False) == remote
+
+    def test_beside_safetensors_are_not_blamed(self, remote: Path, listing: list[str]) -> None:
+        listing.append("vae/diffusion_pytorch_model.non_ema.safetensors")
+        assert hub.download_model(f"{NAME}@v2") == remote
+
+
+def test_another_vae_spares_the_download_of_its_own(remote: Path) -> None:
+    assert hub.download_model(f"{NAME}@v2", own_vae=False) == remote
+    weights = [file for file in PLAIN if file.startswith("vae/") and file.endswith(".safetensors")]
+    assert downloaded(remote) == sorted(set(PLAIN) - set(weights))
 
 
 def test_what_the_hub_refuses_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from latentdiff import model_files
 from latentdiff.checkpoint import ModelParts, load_model, save_model
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder
@@ -87,12 +90,26 @@ class TestOtherVae:
         save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
         with pytest.raises(InputError, match=r"x.safetensors does not fit its model's structure"):
             load_model(tiny_model, vae=tmp_path / "x.safetensors")
+
+    def test_is_missed_before_any_weights_are_read(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> NoReturn:
+            raise AssertionError("weights were read")
+
+        monkeypatch.setattr(model_files, "read_weights", refuse)
+        (tmp_path / "vae").mkdir()
         with pytest.raises(InputError, match=r"vae.pt is a pickle"):
             load_model(tiny_model, vae="vae.pt")
         with pytest.raises(InputError, match=r"There is no file .*config.json"):
             load_model(tiny_model, vae=tmp_path)
         with pytest.raises(InputError, match=r"There is no file gone.safetensors; .* of a VAE"):
             load_model(tiny_model, vae="gone.safetensors")
+        shutil.copy(tiny_model / "vae" / "config.json", tmp_path / "vae")
+        with pytest.raises(InputError, match=r"There is no file .*model.safetensors; .*incomplete"):
+            load_model(tiny_model, vae=tmp_path)
+        with pytest.raises(AssertionError, match="weights were read"):
+            load_model(tiny_model)
 
 
 def other_tower(name: str) -> PreTrainedModel:
