@@ -77,7 +77,7 @@ def read_start(image: ImageSource, mask: ImageSource | None, parts: ModelParts) 
     Raises InputError when a file cannot be read, the mask is of another size or paints nothing, or
     an inpainting model has no mask.
     """
-    inpainting = "Inpaint" in parts.pipeline
+    inpainting = parts.inpaints
     if inpainting and mask is None:
         raise InputError("This is an inpainting model; give mask= too.")
     picture = read_image(image)

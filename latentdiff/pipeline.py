@@ -225,7 +225,7 @@ class TextToImage:
         start = read_start(image, mask, self.parts) if image is not None else None
         if image is None and mask is not None:
             raise InputError("mask says where to paint an image anew; give image= too.")
-        if start is None and "Inpaint" in self.parts.pipeline:
+        if start is None and self.parts.inpaints:
             raise InputError("This is an inpainting model; give image= and mask=.")
         if start is not None:
             sizes = {"height": start.height, "width": start.width}
@@ -343,7 +343,7 @@ class TextToImage:
         parts, facts = self.parts, dict[str, Any]()
         facts["dtype"] = str(self._dtype).removeprefix("torch.")
         if parts.directory is not None:
-            facts |= {"model": parts.directory.name, "model_sha256": model_hash(parts.directory)}
+            facts |= {"model": parts.name, "model_sha256": model_hash(parts.directory)}
         if parts.other_vae is not None:
             facts["vae_sha256"] = model_hash(parts.other_vae)
         facts["loras"] = tuple(

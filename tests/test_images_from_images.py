@@ -206,3 +206,13 @@ def test_an_inpainting_model_needs_both(inpainting: TextToImage, photo: Image.Im
         inpainting.generate("fox")
     with pytest.raises(InputError, match="give mask= too"):
         inpainting.generate("fox", image=photo)
+
+
+def test_an_inpainting_pipeline_may_have_a_plain_unet(
+    tiny_parts: ModelParts, photo: Image.Image, mask: Image.Image
+) -> None:
+    """As in diffusers, it is then held to the picture outside the mask."""
+    parts = dataclasses.replace(tiny_parts, pipeline="StableDiffusionInpaintPipeline")
+    made = TextToImage(parts).generate(PROMPT, image=photo, mask=mask, seed=4, **SETTINGS)
+    expected = TextToImage(tiny_parts).generate(PROMPT, image=photo, mask=mask, seed=4, **SETTINGS)
+    assert (pixels([made]) == pixels([expected])).all()
