@@ -52,6 +52,8 @@ IN_PASSING = {"Model", "RNG", "Version", "Lora hashes", "VAE", "Hashes", "User"}
 """Read besides, or of no consequence."""
 
 _PARAMETER = re.compile(r'\b(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_COUNT = re.compile("[0-9]{1,4}")
+"""A number that int reads; what is longer or else is left to the recipe's own checks."""
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?(?::[^<>]*)?>")
 
 
@@ -62,6 +64,8 @@ class UnreadParametersWarning(UserWarning):
 def to_parameters(recipe: Recipe) -> str:
     """The text for `recipe`. Its input pictures and SDXL's sizes have no place in it.
 
+    "Clip skip" is one more than the recipe's, whatever the model. For SDXL, which reads the
+    penultimate layer by itself, the number counts from there; A1111 ignores it for SDXL.
     "RNG: CPU" makes A1111 start from the noise that this project starts from.
     """
     tagged = {name: lora for lora in recipe.loras if _plain(name := _bare(lora.file))}
@@ -127,7 +131,7 @@ def from_parameters(text: str, source: str = "The text") -> Recipe:
         "seed": values.pop("Seed"),
         "width": width,
         "height": height,
-        "clip_skip": skipped and (int(skipped) - 1 if skipped.isdecimal() else skipped),
+        "clip_skip": int(skipped) - 1 if skipped and _COUNT.fullmatch(skipped) else skipped,
         "strength": values.pop("Denoising strength", None),
         "eta": values.pop(_eta_name(sampler), None),
         "weighted": values.pop("Emphasis", None) != "None",

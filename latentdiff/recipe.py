@@ -15,12 +15,15 @@ from pydantic import Field
 from latentdiff import __version__
 from latentdiff.config import Config, parse
 from latentdiff.errors import InputError
+from latentdiff.model_files import VARIANT, read_json, weights_name, whole_weights
 from latentdiff.request import MAX_PROMPT_CHARACTERS, MAX_SEED
 
 FORMAT = 1
 """Of recipes; a key that is added has a default and needs no new one."""
 MAX_TEXT_BYTES = 1 << 20
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+OTHER_PARTS = ("scheduler", "tokenizer", "tokenizer_2")
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 Name = Annotated[str, Field(max_length=4096)]
@@ -53,6 +56,10 @@ class Lora(Config):
     """model_hash of the file; None where the recipe comes from a text that has none."""
     weight: float = 1.0
 
+    def check(self, sha256: str) -> str | None:
+        """None, or a sentence when the LoRA with this model_hash is another."""
+        return _other("LoRA", self.file, self.sha256, sha256)
+
 
 class Recipe(Config):
     """Everything that one picture depends on, beside the pixels of its input pictures."""
@@ -78,7 +85,7 @@ class Recipe(Config):
     """None is the sampler's own."""
     spacing: Literal["trailing", "leading", "linspace", "karras", "exponential"] | None = None
     """None is the model's own."""
-    clip_skip: int | None = Field(default=None, ge=0)
+    clip_skip: int | None = Field(default=None, ge=0, le=64)
     """Layers of CLIP that are left out; A1111 counts one more."""
     weighted: bool = True
     """Whether (word:1.3) in the prompt is a weight."""
@@ -103,6 +110,8 @@ class Recipe(Config):
     loras: tuple[Lora, ...] = Field(default=(), max_length=256)
     vae_sha256: Hash | None = None
     """model_hash of the VAE that took the place of the model's own."""
+    prediction_type: Name | None = None
+    """What the U-Net was taken to predict; None is what the model says."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
     """Of the U-Net's weights."""
     version: Name | None = __version__
@@ -119,15 +128,20 @@ class Recipe(Config):
 
     def check_model(self, sha256: str) -> str | None:
         """None, or a sentence when the model with this model_hash is not the recipe's."""
-        name = f" ({self.model})" if self.model else ""
-        if self.model_sha256 is None:
-            return f"The recipe has no hash of its model{name}; the picture may come out another."
-        if same_hash(sha256, self.model_sha256):
+        return _other("model", self.model, self.model_sha256, sha256)
+
+    def check_vae(self, sha256: str | None) -> str | None:
+        """None, or a sentence when the VAE is not the recipe's; None is the model's own."""
+        if sha256 is None and self.vae_sha256 is None:
             return None
-        return (
-            f"The picture was made with another model{name}, of hash {self.model_sha256[:10]}; "
-            f"this one has {sha256[:10]}, and the picture comes out another."
-        )
+        if self.vae_sha256 is None:
+            return "The picture was made with the model's own VAE; with another it differs."
+        if sha256 is None:
+            return (
+                "The picture was made with another VAE than the model's own, of hash "
+                f"{self.vae_sha256[:10]}."
+            )
+        return _other("VAE", "", self.vae_sha256, sha256)
 
     def to_json(self) -> str:
         """One line of ASCII."""
@@ -146,8 +160,21 @@ class Recipe(Config):
 
 _ABOUT_FILES = (
     *("image", "mask", "model", "model_sha256", "loras", "vae_sha256"),
-    *("dtype", "version", "format"),
+    *("prediction_type", "dtype", "version", "format"),
 )
+
+
+def _other(what: str, name: str, recorded: str | None, sha256: str) -> str | None:
+    """None, or a sentence when the file in use is not the one that was recorded."""
+    named = f" ({name})" if name else ""
+    if recorded is None:
+        return f"The recipe has no hash of its {what}{named}; the picture may come out another."
+    if same_hash(sha256, recorded):
+        return None
+    return (
+        f"The picture was made with another {what}{named}, of hash {recorded[:10]}; this one has "
+        f"{sha256[:10]}, and the picture comes out another."
+    )
 
 
 def recipe_from_json(text: str, source: str = "The recipe") -> Recipe:
@@ -229,24 +256,50 @@ def picture_hash(image: Image.Image) -> str:
 
 
 def model_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, A1111's model hash, or of what a model directory holds.
+    """SHA-256 of a file, A1111's model hash, or of what is read of a directory.
 
-    A directory's is over the sorted relative names of its safetensors and JSON files and the
-    SHA-256 of each. A file is read again only when its size or time of change differs. Raises
-    InputError where there is no such file, or no safetensors in the directory.
+    A directory's is over the sorted relative names of its files and the SHA-256 of each. Of a
+    model that is model_index.json, vocabulary.json and the parts that the index names: other
+    parts, variants of the weights and a card are not in it. Of any other directory, such as a
+    VAE's, it is all safetensors and JSON but those variants. A file is read again only when its
+    size or time of change differs. Raises InputError where there is no such file, or no
+    safetensors in the directory.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return _file_hash(path)
-    files = {
-        file.relative_to(path).as_posix(): file
-        for file in path.rglob("*")
-        if file.suffix in WEIGHTS_AND_CONFIGS and file.is_file()
-    }
+    found = _model_files(path) if (path / "model_index.json").is_file() else _plain_files(path)
+    files = {file.relative_to(path).as_posix(): file for file in found}
     if not any(name.endswith(".safetensors") for name in files):
         raise InputError(f"There are no safetensors at {path}; give a model's directory or file.")
     lines = [f"{name}\0{_file_hash(file)}\n" for name, file in sorted(files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _model_files(path: Path) -> list[Path]:
+    """What load_model reads."""
+    index = read_json(path / "model_index.json")
+    files = [path / "model_index.json", path / "vocabulary.json"]
+    for part in NETWORKS + OTHER_PARTS:
+        if index.get(part) in (None, [None, None]):
+            continue
+        if part in NETWORKS:
+            files += [path / part / "config.json", *whole_weights(path / part, weights_name(part))]
+        else:
+            files += [file for kind in ("*.json", "*.txt") for file in (path / part).glob(kind)]
+    return [file for file in files if file.is_file()]
+
+
+def _plain_files(path: Path) -> list[Path]:
+    """Weights and configurations, without the variants of files that are there."""
+    found = {
+        file for file in path.rglob("*") if file.suffix in WEIGHTS_AND_CONFIGS and file.is_file()
+    }
+    return [
+        file
+        for file in found
+        if VARIANT not in file.name or file.with_name(file.name.replace(VARIANT, "")) not in found
+    ]
 
 
 def _file_hash(path: Path) -> str:

@@ -84,6 +84,7 @@ recipes = st.builds(
     model_sha256=st.none() | hashes,
     loras=st.lists(st.builds(Lora, file=texts, sha256=hashes, weight=st.floats(-2, 2)), max_size=3),
     vae_sha256=st.none() | hashes,
+    prediction_type=st.none() | texts,
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
 )
 
@@ -300,6 +301,26 @@ def test_a_text_that_is_no_recipe_is_refused(text: str, message: str) -> None:
         from_parameters(text)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(LINE.replace(value, "9" * 5000) for value in ("5", "7", "1", "64x64")),
+        LINE.replace("64x64", f"64x{'9' * 5000}"),
+        *(
+            f"{LINE}, {key}: {'9' * 5000}"
+            for key in ("Clip skip", "Denoising strength", "Eta", "Guidance rescale")
+        ),
+        f"{LINE}, Clip skip: 99999",
+        f"{LINE}, Guidance interval: 1 to {'9' * 5000}",
+        f"<lora:a:{'9' * 5000}>\n{LINE}",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::latentdiff.parameters_text.UnreadParametersWarning")
+def test_numbers_of_thousands_of_digits_are_refused(line: str) -> None:
+    with pytest.raises(InputError, match="is not a valid Recipe"):
+        from_parameters(f"a fox\n{line}")
+
+
 @given(text=st.text(alphabet='aS: ,"\\\n=x0', max_size=200))
 @settings(max_examples=100, deadline=None)
 def test_no_text_breaks_the_parser(text: str) -> None:
@@ -494,6 +515,76 @@ def test_a_directorys_model_hash_is_of_names_and_contents(tmp_path: Path) -> Non
     changed = model_hash(copied)
     (copied / "unet").rename(copied / "vae")
     assert len({before, changed, model_hash(copied)}) == 3
+
+
+def model_directory(path: Path) -> Path:
+    """Files as a small Stable Diffusion has them."""
+    index = {name: ["library", "Class"] for name in ("unet", "vae", "scheduler", "tokenizer")}
+    files = {
+        "model_index.json": json.dumps(index | {"text_encoder_2": [None, None]}),
+        "vocabulary.json": "{}",
+        "unet/config.json": '{"a": 1}',
+        "unet/diffusion_pytorch_model.safetensors": "u",
+        "vae/config.json": "{}",
+        "vae/diffusion_pytorch_model.safetensors": "v",
+        "scheduler/scheduler_config.json": "{}",
+        "tokenizer/merges.txt": "a b",
+        "tokenizer/vocab.json": "{}",
+    }
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "safety_checker/model.safetensors",
+        "safety_checker/config.json",
+        "text_encoder_2/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "v1-5-pruned.safetensors",
+        ".cache/huggingface/a.json",
+        "README.md",
+    ],
+)
+def test_what_is_not_read_is_not_in_a_models_hash(tmp_path: Path, name: str) -> None:
+    model = model_directory(tmp_path)
+    before = model_hash(model)
+    (model / name).parent.mkdir(parents=True, exist_ok=True)
+    (model / name).write_text("more")
+    assert model_hash(model) == before
+
+
+def test_everything_that_is_read_is_in_a_models_hash(tmp_path: Path) -> None:
+    model = model_directory(tmp_path)
+    files = [path for path in model.rglob("*") if path.is_file()]
+    assert len(files) == 9
+    hashes = {model_hash(model)}
+    for path in files:
+        path.write_text(path.read_text() + " ")
+        hashes.add(model_hash(model))
+    assert len(hashes) == 10
+
+
+def test_a_variant_is_hashed_where_it_is_alone(tmp_path: Path) -> None:
+    """The second directory is one of a VAE, without an index."""
+    for folder in (model_directory(tmp_path / "model") / "unet", tmp_path / "vae"):
+        folder.mkdir(exist_ok=True)
+        root = folder.parent if folder.name == "unet" else folder
+        plain = folder / "diffusion_pytorch_model.safetensors"
+        variant = folder / "diffusion_pytorch_model.fp16.safetensors"
+        plain.write_text("plain")
+        both = model_hash(root)
+        variant.write_text("half")
+        assert model_hash(root) == both
+        plain.unlink()
+        alone = model_hash(root)
+        variant.write_text("another half")
+        assert len({both, alone, model_hash(root)}) == 3
 
 
 def test_a_directory_without_weights_has_no_model_hash(tmp_path: Path) -> None:
