@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError, run_command
-from latentdiff.request import SPACINGS
+from latentdiff.request import MAX_PICTURES, SPACINGS, is_sdxl
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import TextToImage
+    from latentdiff.recipe import Recipe
 
-MODEL_OPTIONS = ("model", "vae", "loras", "dtype", "device", "offload")
+MODEL_OPTIONS = ("model", "vae", "loras", "prediction_type", "dtype", "device", "offload")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="loras",
         metavar="FILE[:WEIGHT]",
         help="a LoRA; any number of them",
+    )
+    model.add_argument(
+        "--prediction-type",
+        metavar="TYPE",
+        help="what the U-Net predicts, where the model says otherwise or nothing: epsilon, "
+        "v_prediction, ...",
     )
     model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
     model.add_argument("--device", help="for example cuda (default: cpu)")
@@ -91,6 +98,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="picture i has seed + i",
     )
+    for name, metavar, text in (
+        ("original-size", ("H", "W"), "of the picture that SDXL takes this one to be cropped from"),
+        ("crop", ("Y", "X"), "the top left corner of that crop, for SDXL"),
+        ("target-size", ("H", "W"), "of the picture that SDXL takes this one to be"),
+    ):
+        generate.add_argument(
+            f"--{name}",
+            type=int,
+            nargs=2,
+            dest="crops_coords_top_left" if name == "crop" else name.replace("-", "_"),
+            metavar=metavar,
+            help=text,
+        )
+    for name in ("aesthetic-score", "negative-aesthetic-score"):
+        generate.add_argument(
+            f"--{name}", type=float, metavar="SCORE", help="for SDXL's refiner, up to 10"
+        )
     generate.add_argument("--tile", type=int, metavar="ROWS", help="decode in strips: less memory")
 
     replay = commands.add_parser(
@@ -131,32 +155,60 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _load(
     model: str | None = None,
-    loras: Sequence[str] = (),
+    loras: Sequence[tuple[str, float]] = (),
     dtype: str = "float32",
+    device: str = "cpu",
     **options: Any,
 ) -> TextToImage:
     import torch
 
+    _check_device(device)
     from latentdiff.pipeline import TextToImage
 
-    loaded = TextToImage.load(model, getattr(torch, dtype), **options)
-    for lora in loras:
-        path, colon, weight = lora.rpartition(":")
-        try:
-            factor = float(weight) if colon else 1.0
-        except ValueError:  # a colon in the path
-            path, factor = lora, 1.0
-        loaded.load_lora(path if colon else lora, factor)
+    loaded = TextToImage.load(model, getattr(torch, dtype), device, **options)
+    for path, weight in loras:
+        loaded.load_lora(path, weight)
     return loaded
 
 
+def _check_device(name: str) -> None:
+    """Raises InputError for a device that PyTorch does not have here."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 1 if found is None else torch.accelerator.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is not None:
+        if device.type == "cpu" and not device.index:
+            return
+        if found is not None and device.type == found.type and (device.index or 0) < count:
+            return
+    known = ["cpu"] if found is None else ["cpu", *(f"{found.type}:{i}" for i in range(count))]
+    raise InputError(f"There is no device {name!r} here; PyTorch has {', '.join(known)}.")
+
+
+def _lora(text: str, weight: float = 1.0) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT, and the weight where none is given. The file may have a colon."""
+    path, colon, number = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, weight
+    try:
+        return path, float(number)
+    except ValueError:
+        return text, weight
+
+
 def _generate(prompt: str, output: Path, metadata: bool, **options: Any) -> None:
+    options["loras"] = [_lora(text) for text in options.get("loras", ())]
     _make(output, metadata, [prompt], options)
 
 
 def _replay(picture: Path, output: Path, metadata: bool, **options: Any) -> None:
     from latentdiff.pictures import read_image
-    from latentdiff.recipe import model_hash, read_recipe
+    from latentdiff.recipe import read_recipe
 
     with warnings.catch_warnings(record=True) as unread:
         warnings.simplefilter("always")
@@ -169,18 +221,36 @@ def _replay(picture: Path, output: Path, metadata: bool, **options: Any) -> None
         if kind not in options:
             raise InputError(f"The picture started from {named.name!r}; give it with --{kind}.")
         _warn(named.check(read_image(options[kind], kind)))
-    if len(options.get("loras", ())) != len(recipe.loras):
+    loras = options.get("loras", ())
+    if len(loras) != len(recipe.loras):
         names = ", ".join(f"{lora.file}:{lora.weight:g}" for lora in recipe.loras) or "none"
         raise InputError(f"The picture was made with these LoRAs: {names}; name each with --lora.")
-    options = {"dtype": recipe.dtype, **options}
-    prompt = recipe.prompt
+    if recipe.vae_sha256 is not None and "vae" not in options:
+        raise InputError(f"{recipe.check_vae(None)} Give it with --vae.")
+    attached = [_lora(text, lora.weight) for text, lora in zip(loras, recipe.loras, strict=True)]
     arguments = {key: value for key, value in recipe.arguments().items() if key != "prompt"}
+    arguments |= {"dtype": recipe.dtype, "prediction_type": recipe.prediction_type}
+    arguments |= options | {"loras": attached}
 
-    def check(loaded: TextToImage) -> None:
-        if loaded.parts.directory is not None:
-            _warn(recipe.check_model(model_hash(loaded.parts.directory)))
+    def check(loaded: TextToImage, options: dict[str, Any]) -> None:
+        _check_files(recipe, loaded, [Path(path) for path, _ in attached])
+        from_a1111 = recipe.version is None
+        if from_a1111 and is_sdxl(loaded.parts) and options.pop("clip_skip", None) is not None:
+            _warn("A1111 ignores its Clip skip for SDXL by default; it is left out here too.")
 
-    _make(output, metadata, [prompt], arguments | options, check)
+    _make(output, metadata, [recipe.prompt], arguments, check)
+
+
+def _check_files(recipe: Recipe, loaded: TextToImage, loras: Sequence[Path]) -> None:
+    """Warns of files that are not the recipe's."""
+    from latentdiff.recipe import model_hash
+
+    parts = loaded.parts
+    if parts.directory is not None:
+        _warn(recipe.check_model(model_hash(parts.directory)))
+    _warn(recipe.check_vae(None if parts.other_vae is None else model_hash(parts.other_vae)))
+    for path, lora in zip(loras, recipe.loras, strict=True):
+        _warn(lora.check(model_hash(path)))
 
 
 def _make(
@@ -188,11 +258,12 @@ def _make(
     metadata: bool,
     prompts: list[str],
     options: dict[str, Any],
-    check: Callable[[TextToImage], None] = lambda loaded: None,
+    check: Callable[[TextToImage, dict[str, Any]], None] = lambda loaded, options: None,
 ) -> None:
-    from latentdiff.pictures import check_output, save_picture
+    """Check, load and make the pictures; `check` may change the options that are left then."""
+    from latentdiff.pictures import save_picture
 
-    check_output(output)
+    _check_outputs(_paths(output, min(options.get("num_images_per_prompt", 1), MAX_PICTURES)))
     from latentdiff.pipeline import TruncatedPromptWarning, UnknownWordWarning
 
     with warnings.catch_warnings():
@@ -201,13 +272,30 @@ def _make(
         warnings.simplefilter("always", TruncatedPromptWarning)
         warnings.showwarning = _print_warning  # type: ignore[assignment]
         loaded = _load(**{key: options.pop(key) for key in MODEL_OPTIONS if key in options})
-        check(loaded)
+        check(loaded, options)
         images = loaded.generate(prompts, progress=sys.stderr.isatty(), **options)
     assert isinstance(images, list)
-    for number, image in enumerate(images, start=1):
-        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
+    for image, path in zip(images, _paths(output, len(images)), strict=True):
         save_picture(image, path, metadata)
         print(path)
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    """Where `count` pictures go."""
+    if count <= 1 or not output.suffix:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{number}") for number in range(1, count + 1)]
+
+
+def _check_outputs(paths: Sequence[Path]) -> None:
+    """Raises InputError for a path that could not be written to."""
+    from latentdiff.pictures import check_output
+
+    for path in paths:
+        check_output(path)
+    folder = paths[0].parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"Nothing can be written to the directory {folder}; choose another.")
 
 
 def _warn(message: str | None) -> None:

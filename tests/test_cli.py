@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,45 +83,6 @@ def test_several_pictures_are_numbered(
     assert [read_recipe(tmp_path / name).seed for name in names] == [5, 6, 7]
 
 
-def test_replay_makes_the_third_of_a_batch_again(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--num-images", "3", "--seed", "5", "--sampler", "dpmpp_sde", "--spacing", "karras"]
-    generate(tiny_model, "(fox:1.2)", *options, "--output", str(tmp_path / "a.png"))
-    third, again = tmp_path / "a-3.png", tmp_path / "again.png"
-    main(["replay", str(third), "--model", str(tiny_model), "--output", str(again)])
-    assert capsys.readouterr().err == ""
-    with Image.open(third) as first, Image.open(again) as second:
-        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
-        assert first.info == second.info
-
-
-def test_replay_with_another_model_warns(
-    tiny: TextToImage, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate(tiny_model, "fox", "--output", str(tmp_path / "a.png"))
-    tiny.save(tmp_path / "half", torch.float16)
-    out = str(tmp_path / "b.png")
-    main(["replay", str(tmp_path / "a.png"), "--model", str(tmp_path / "half"), "--output", out])
-    assert "warning: The picture was made with another model" in capsys.readouterr().err
-
-
-def test_replay_asks_for_what_is_not_in_the_file(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photo, made = tmp_path / "photo.png", tmp_path / "made.png"
-    Image.new("RGB", (64, 64), "red").save(photo)
-    generate(tiny_model, "fox", "--image", str(photo), "--strength", "1", "--output", str(made))
-    capsys.readouterr()
-    replay = ["replay", str(made), "--model", str(tiny_model), "--output", str(tmp_path / "b.png")]
-    assert "started from 'photo.png'; give it with --image" in fails(capsys, *replay)
-    main([*replay, "--image", str(photo)])
-    with Image.open(made) as first, Image.open(tmp_path / "b.png") as second:
-        assert first.tobytes() == second.tobytes()
-    capsys.readouterr()
-    assert "holds no recipe" in fails(capsys, "replay", str(photo))
-
-
 def test_prompt_and_settings_stay_out_when_asked(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     generate(tiny_model, "fox", "--no-metadata", "--output", str(path))
@@ -155,8 +116,18 @@ def test_warnings_are_one_clean_line_each(
         (["fox", "--model", "no"], "There is no model directory at no"),
         (["", "--output", "a.png"], "The prompt is empty"),
         (["fox", "--sampler", "dimm"], "did you mean 'ddim'"),
-        (["fox", "--height", "65"], "height is 65; this model makes multiples of 16"),
+        (["fox", "--height", "65"], "height is 65; this model makes multiples of "),
         (["fox", "--seed", "-3"], "seed is -3"),
+        (["fox", "--device", "foo"], "There is no device 'foo' here; PyTorch has cpu"),
+        (["fox", "--device", "cuda:400"], "There is no device 'cuda:400' here"),
+        (["fox", "--device", "meta"], "There is no device 'meta' here"),
+        (["fox", "--prediction-type", "noise"], "prediction_type"),
+        (["fox", "--lora", "no.safetensors:nan"], "no.safetensors"),
+        (["fox", "--original-size", "64", "64"], "original_size conditions SDXL"),
+        (["fox", "--crop", "0", "8"], "crops_coords_top_left conditions SDXL"),
+        (["fox", "--target-size", "64", "64"], "target_size conditions SDXL"),
+        (["fox", "--aesthetic-score", "6"], "aesthetic_score conditions SDXL's refiner"),
+        (["fox", "--negative-aesthetic-score", "2"], "negative_aesthetic_score conditions SDXL's"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -171,6 +142,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     Path("folder.png").mkdir()
     assert message in fails(capsys, "generate", "--model", str(tiny_model), *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_where_there_is_none(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "fox", "--model", str(tiny_model), "--device", "cuda"]
+    assert "There is no device 'cuda' here; PyTorch has cpu" in fails(capsys, *arguments)
+
+
+class TestOutputsAreCheckedBeforeLoading:
+    """The model named here does not exist, which would be said next."""
+
+    def refused(self, capsys: pytest.CaptureFixture[str], path: Path, count: int = 3) -> str:
+        options = ["--model", "no", "--num-images", str(count), "--output", str(path)]
+        return fails(capsys, "generate", "fox", *options)
+
+    def test_every_number(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "a-2.png").mkdir()
+        assert "a-2.png is a directory" in self.refused(capsys, tmp_path / "a.png")
+        assert "There is no model directory at no" in self.refused(capsys, tmp_path / "a.png", 1)
+
+    def test_only_what_is_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "a.png").mkdir()
+        assert "There is no model directory at no" in self.refused(capsys, tmp_path / "a.png")
+        assert "a.png is a directory" in self.refused(capsys, tmp_path / "a.png", 1)
+
+    @pytest.mark.parametrize("name", ["..", "a", "a.txt"])
+    def test_the_ending(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        assert "must end in .png" in self.refused(capsys, tmp_path / name)
+
+    def test_the_directory_can_be_written_to(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def closed(path: Path, mode: int) -> bool:
+            return not (Path(path) == tmp_path and mode & os.W_OK)
+
+        monkeypatch.setattr(os, "access", closed)
+        assert f"written to the directory {tmp_path};" in self.refused(capsys, tmp_path / "a.png")
 
 
 def test_a_failed_write_leaves_the_old_picture(
