@@ -87,6 +87,7 @@ class TextToImage:
         towers = {name: tower.model for name, tower in parts.towers.items()}
         self.adapters = Adapters({"unet": parts.unet, **towers})
         self._loras: dict[str, Lora] = {}
+        self._prediction_type: str | None = None
 
     @classmethod
     def load(
@@ -104,7 +105,9 @@ class TextToImage:
         With `offload` the networks wait on the CPU and go to `device` one at a time.
         """
         parts = load_model(model, dtype, "cpu" if offload else device, vae, prediction_type)
-        return cls(parts, device if offload else None)
+        loaded = cls(parts, device if offload else None)
+        loaded._prediction_type = prediction_type
+        return loaded
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the model, fused LoRAs included, with weights stored as `dtype`.
@@ -341,6 +344,7 @@ class TextToImage:
     def _facts(self, start: Start | None) -> dict[str, Any]:
         """What a recipe says beside prompt and settings."""
         parts, facts = self.parts, dict[str, Any]()
+        facts["prediction_type"] = self._prediction_type
         facts["dtype"] = str(self._dtype).removeprefix("torch.")
         if parts.directory is not None:
             facts |= {"model": parts.name, "model_sha256": model_hash(parts.directory)}
