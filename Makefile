@@ -4,7 +4,7 @@
 # make clean   all that these made, except runs/
 
 PYTHON ?= python3
-PROMPT ?= a fox to the left of a red apple on a blue background
+PROMPT ?= a fox on a blue background
 # Where the four YAML files of a model are: configs/emoji, configs/emoji_gpu or configs/tiny.
 CONFIGS ?= configs/emoji
 LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

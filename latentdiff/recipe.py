@@ -55,6 +55,7 @@ class Lora(Config):
     sha256: Hash | None = None
     """model_hash of the file; None where the recipe comes from a text that has none."""
     weight: float = 1.0
+    """What it was multiplied with."""
 
     def check(self, sha256: str) -> str | None:
         """None, or a sentence when the LoRA with this model_hash is another."""
@@ -65,13 +66,19 @@ class Recipe(Config):
     """Everything that one picture depends on, beside the pixels of its input pictures."""
 
     prompt: Prompt
+    """What the picture shows."""
     negative_prompt: Prompt = ""
+    """What it was steered away from."""
     seed: int = Field(ge=0, le=MAX_SEED)
     """This picture's own, whatever its place in a batch."""
     height: Pixels
+    """Of the picture, in pixels."""
     width: Pixels
+    """Of the picture, in pixels."""
     num_inference_steps: int = Field(ge=1, le=100_000)
+    """Steps of the sampler."""
     guidance_scale: float = Field(ge=0)
+    """w of Ho & Salimans (2022)."""
     sampler: Name
     """A name in diffusion.samplers.SAMPLERS."""
 
@@ -91,23 +98,29 @@ class Recipe(Config):
     """Whether (word:1.3) in the prompt is a weight."""
 
     strength: float | None = Field(default=None, ge=0, le=1)
+    """How far it went from the picture that it started from."""
     image: InputPicture | None = None
     """Where the picture started from."""
     mask: InputPicture | None = None
     """White where it was painted anew."""
 
     original_size: tuple[Pixels, Pixels] | None = None
-    """SDXL's conditioning, like the next four; sizes are (height, width)."""
+    """SDXL's conditioning, like the next four: (height, width) of the picture before a crop."""
     crops_coords_top_left: tuple[Pixels, Pixels] | None = None
+    """The crop's (y, x)."""
     target_size: tuple[Pixels, Pixels] | None = None
+    """What was asked for."""
     aesthetic_score: float | None = None
+    """From 0 to 10, of the refiner."""
     negative_aesthetic_score: float | None = None
+    """The same for the negative prompt."""
 
     model: Name = ""
     """Path or name, as it was given."""
     model_sha256: Hash | None = None
     """model_hash of it."""
     loras: tuple[Lora, ...] = Field(default=(), max_length=256)
+    """In the order in which they were attached."""
     vae_sha256: Hash | None = None
     """model_hash of the VAE that took the place of the model's own."""
     prediction_type: Name | None = None
@@ -117,6 +130,7 @@ class Recipe(Config):
     version: Name | None = __version__
     """Of the latentdiff that made the picture; None is another program."""
     format: int = Field(default=FORMAT, ge=1)
+    """FORMAT of the latentdiff that wrote it."""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of TextToImage.generate, of a model with `loras` and the VAE in place.
