@@ -41,6 +41,7 @@ from latentdiff.request import (
     MAX_PICTURES,
     Picture,
     Settings,
+    is_distilled,
     read_pictures,
     read_settings,
     whole_number,
@@ -237,6 +238,10 @@ class TextToImage:
             settings |= sizes
         asked = read_settings(self.parts, from_image=start is not None, **settings)
         pictures = read_pictures(prompt, negative_prompt, seed, num_images_per_prompt)
+        if is_distilled(self.parts) and any(picture.negative_prompt for picture in pictures):
+            raise InputError(
+                "This model was distilled with its guidance; leave negative_prompt out."
+            )
         if tile is not None:
             tile = whole_number(tile, "tile", 1, asked.height)
         batch_size = whole_number(batch_size, "batch_size", 1, MAX_PICTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import warnings
@@ -21,6 +22,7 @@ import latentdiff
 from latentdiff.checkpoint import ModelParts
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import InputError
+from latentdiff.models.unet import UNet
 from latentdiff.pipeline import TextToImage, UnknownWordWarning
 from latentdiff.recipe import Recipe, model_hash, recipe_from_json
 from latentdiff.rng import picture_noise
@@ -276,6 +278,26 @@ def test_the_size_of_batches_changes_no_picture(tiny: TextToImage) -> None:
     whole = tiny.generate(prompts, **settings)
     for batch_size in (1, 2, 5):
         assert_same(whole, tiny.generate(prompts, batch_size=batch_size, **settings), within=1)
+
+
+def test_a_model_distilled_with_its_guidance_runs_once_a_step(tiny_parts: ModelParts) -> None:
+    """Latent consistency models read the scale (Luo et al. 2023) and no negative prompt."""
+    config = tiny_parts.unet.config.model_copy(update={"time_cond_proj_dim": 32})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(config).eval()
+    own = tiny_parts.unet.state_dict()
+    unet.load_state_dict({**unet.state_dict(), **own})
+    with torch.no_grad():
+        unet.get_parameter("time_embedding.cond_proj.weight").mul_(20)
+    model = TextToImage(dataclasses.replace(tiny_parts, unet=unet))
+    settings: dict[str, Any] = {"seed": 1, "num_inference_steps": 3, "sampler": "lcm"}
+    pictures = [model.generate("fox", guidance_scale=scale, **settings) for scale in (1, 8)]
+    assert np.abs(pixels(pictures[0]) - pixels(pictures[1])).max() > 3
+    with pytest.raises(InputError, match="leave negative_prompt out"):
+        model.generate("fox", negative_prompt="dark", **settings)
+    with pytest.raises(InputError, match="it has a guidance_scale alone"):
+        model.generate("fox", guidance="apg", **settings)
 
 
 def test_touches_nothing_global(tiny: TextToImage) -> None:
