@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -245,7 +244,9 @@ class TextToImage:
         if tile is not None:
             tile = whole_number(tile, "tile", 1, asked.height)
         batch_size = whole_number(batch_size, "batch_size", 1, MAX_PICTURES)
-        self._warn_of_unknown_words(pictures, asked.weighted)
+        if self.vocabulary is not None:
+            texts = dict.fromkeys(p for q in pictures for p in (q.prompt, q.negative_prompt))
+            self.vocabulary.warn(plain_text(t) if asked.weighted else t for t in texts)
         facts = self._facts(start)
         batches = list(self._batches(pictures, asked, batch_size))
         return self._run(batches, asked, start, tile, facts, previews)
@@ -352,7 +353,9 @@ class TextToImage:
         facts["prediction_type"] = self._prediction_type
         facts["dtype"] = str(self._dtype).removeprefix("torch.")
         if parts.directory is not None:
-            facts |= {"model": parts.name, "model_sha256": model_hash(parts.directory)}
+            local = Path(parts.name).expanduser().exists()  # whose folders are nobody's business
+            facts["model"] = parts.directory.name if local else parts.name
+            facts["model_sha256"] = model_hash(parts.directory)
         if parts.other_vae is not None:
             facts["vae_sha256"] = model_hash(parts.other_vae)
         facts["loras"] = tuple(
@@ -361,19 +364,6 @@ class TextToImage:
             if name in self._loras
         )
         return facts if start is None else facts | start.names
-
-    def _warn_of_unknown_words(self, pictures: Sequence[Picture], weighted: bool) -> None:
-        if self.vocabulary is None:
-            return
-        texts = dict.fromkeys(p for q in pictures for p in (q.prompt, q.negative_prompt))
-        plain = [plain_text(text) if weighted else text for text in texts]
-        unknown = {w: near for text in plain for w, near in self.vocabulary.unknown(text).items()}
-        for word, near in unknown.items():
-            warnings.warn(
-                f"This model never saw the word {word!r}; the nearest it knows: {', '.join(near)}.",
-                UnknownWordWarning,
-                stacklevel=4,
-            )
 
 
 def generate(

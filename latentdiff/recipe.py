@@ -116,7 +116,7 @@ class Recipe(Config):
     """The same for the negative prompt."""
 
     model: Name = ""
-    """Path or name, as it was given."""
+    """Name of its directory or file, or on the hub."""
     model_sha256: Hash | None = None
     """model_hash of it."""
     loras: tuple[Lora, ...] = Field(default=(), max_length=256)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.data.scenes import PHRASES, SIDES, STYLES
@@ -47,6 +49,16 @@ class Vocabulary:
             word: difflib.get_close_matches(word, dict.fromkeys(self._names), n=3, cutoff=0.0)
             for word in missing
         }
+
+    def warn(self, prompts: Iterable[str]) -> None:
+        """Warns UnknownWordWarning of each unknown word, for the caller of the caller's caller."""
+        unknown = {word: near for prompt in prompts for word, near in self.unknown(prompt).items()}
+        for word, near in unknown.items():
+            warnings.warn(
+                f"This model never saw the word {word!r}; the nearest it knows: {', '.join(near)}.",
+                UnknownWordWarning,
+                stacklevel=4,
+            )
 
     def describe(self) -> dict[str, Any]:
         """Plain values for `latentdiff info`."""
