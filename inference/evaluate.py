@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,10 +19,10 @@ from tqdm.auto import tqdm
 
 from inference.sheet import labelled_sheet
 from latentdiff.config import Config, load_config
-from latentdiff.data.scenes import PHRASES, EmojiScenes, Scene, ScenesConfig, with_article
+from latentdiff.data.scenes import EmojiScenes
 from latentdiff.errors import InputError, run_command
-from latentdiff.metrics.objects import Found, Recogniser, both_in_place, find_background
 from latentdiff.metrics.psnr import psnr, reconstruct
+from latentdiff.metrics.scene_accuracy import KINDS, Judge, Verdict, prompt_for, shares
 from latentdiff.pipeline import TextToImage
 
 BATCH = 8
@@ -49,81 +48,6 @@ class EvaluateConfig(Config):
     """Classifier-free guidance."""
     sampler: str = "ddim"
     """The sampler's name."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One of the four lists of prompts."""
-
-    name: str
-    split: Literal["train", "held_out"]
-    pairs: bool
-    title: str
-
-    def scenes(self, config: ScenesConfig, count: int) -> list[Scene]:
-        """What the prompts ask for: the split's first `count` scenes of one object or of two."""
-        share = 1.0 if self.pairs else 0.0
-        source = EmojiScenes(config.model_copy(update={"pair_share": share}), self.split)
-        return [source.scene(index) for index in range(count)]
-
-
-KINDS = (
-    Kind("one", "train", False, "one object, on a background seen with it in training"),
-    Kind("one_held_out", "held_out", False, "one object, on a background never seen with it"),
-    Kind("two", "train", True, "two objects, seen together in training"),
-    Kind("two_held_out", "held_out", True, "two objects, never seen together"),
-)
-
-
-def prompt_for(scene: Scene) -> str:
-    """The plainest caption that says all of a scene."""
-    names = [with_article(placed.concept) for placed in scene.objects]
-    if scene.relation is not None:
-        names.insert(1, PHRASES[scene.relation][0])
-    return f"{' '.join(names)} on {with_article(scene.background)} background"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one picture shows of what was asked for."""
-
-    found: tuple[Found, ...]
-    background: str
-    objects_right: bool
-    in_place: bool
-    background_right: bool
-
-
-class Judge:
-    """The recogniser and the questions put to it."""
-
-    def __init__(self, config: ScenesConfig) -> None:
-        self.backgrounds = config.backgrounds
-        self.recogniser = Recogniser(EmojiScenes(config))
-
-    def __call__(self, picture: np.ndarray, scene: Scene) -> Verdict:
-        """picture: uint8 [H, W, 3]."""
-        wanted = [placed.concept for placed in scene.objects]
-        found = self.recogniser.find(picture, len(wanted))
-        background = find_background(picture, self.backgrounds)
-        right = sorted(item.concept for item in found) == sorted(wanted)
-        in_place = right
-        if scene.relation is not None:
-            in_place = both_in_place(found, wanted, scene.relation)
-        return Verdict(tuple(found), background, right, in_place, background == scene.background)
-
-
-def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares of pictures that are right, in percent."""
-
-    def percent(values: Sequence[bool]) -> float:
-        return round(100 * sum(values) / len(values), 1)
-
-    return {
-        "objects": percent([verdict.objects_right for verdict in verdicts]),
-        "objects_in_place": percent([verdict.in_place for verdict in verdicts]),
-        "background": percent([verdict.background_right for verdict in verdicts]),
-    }
 
 
 def sheet(
@@ -169,10 +93,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             pictures += [np.asarray(picture) for picture in made]
         real = np.stack([renderer.render(scene) for scene in asked])
         through_vae = reconstruct(model.parts.autoencoder, real)
-        verdicts = _judged(judge, pictures, asked)
+        verdicts = judge.all(pictures, asked)
         results[kind.name] = shares(verdicts) | {
-            "real_renders": shares(_judged(judge, real, asked))["objects_in_place"],
-            "vae_reconstructions": shares(_judged(judge, through_vae, asked))["objects_in_place"],
+            "real_renders": shares(judge.all(real, asked))["objects_in_place"],
+            "vae_reconstructions": shares(judge.all(through_vae, asked))["objects_in_place"],
         }
         if kind.split == "held_out":
             unseen.append(psnr(through_vae, real))
@@ -180,12 +104,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         page.save(config.run_dir / f"{kind.name}.png")
     results["vae_psnr_db"] = round(float(np.concatenate(unseen).mean()), 2)
     return results
-
-
-def _judged(
-    judge: Judge, pictures: Sequence[np.ndarray] | np.ndarray, scenes: Sequence[Scene]
-) -> list[Verdict]:
-    return [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
 
 
 def main() -> None:

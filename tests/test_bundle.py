@@ -12,11 +12,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
-from inference.evaluate import KINDS, Judge, prompt_for
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.hub import model_path
 from latentdiff.metrics.psnr import psnr, reconstruct
+from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage
 
 ROOT = Path(__file__).parents[1]

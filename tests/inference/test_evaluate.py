@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from inference import evaluate
-from inference.evaluate import KINDS, EvaluateConfig, Judge, prompt_for, shares
+from inference.evaluate import EvaluateConfig
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import (
     EmojiScenes,
@@ -21,6 +21,7 @@ from latentdiff.data.scenes import (
     is_held_out_pair,
 )
 from latentdiff.errors import InputError
+from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for, shares
 from latentdiff.pipeline import TextToImage
 
 ROOT = Path(__file__).parents[2]
