@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
+from latentdiff.diffusion.loss import diffusion_loss, min_snr, offset_noise, uniform
 from latentdiff.diffusion.parameterization import PARAMETERIZATIONS, edm
 from latentdiff.diffusion.schedule import Schedule
 
@@ -137,6 +137,61 @@ def test_a_huge_gamma_weighs_the_error_of_x0_by_the_snr(name: str) -> None:
     x = X0 + SIGMA[:, None, None, None] * NOISE
     error = (X0 - denoiser(x, SIGMA, COND)).square().mean(dim=(1, 2, 3))
     assert_close(loss(name, min_snr(1e12)), error / SIGMA**2, rtol=1e-2, atol=1e-6)
+
+
+@names
+def test_a_floor_trains_where_the_snr_is_zero(name: str) -> None:
+    """max(SNR, 1) of Salimans & Ho (2022) under min(SNR, gamma) of Hang et al. (2023).
+
+    With F's own weight on the error of x0, 1 / c_out^2, as its ceiling: SNR for epsilon, SNR + 1
+    for v, 1 for x0, (1 + sqrt(SNR))^2 for a flow.
+    """
+    schedule = SCHEDULE.zero_terminal_snr()
+    snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).double()
+    own = {
+        "epsilon": snr,
+        "v_prediction": snr + 1,
+        "sample": torch.ones_like(snr),
+        "flow_prediction": (1 + snr.sqrt()) ** 2,
+    }[name]
+    expected = torch.maximum(snr.clamp(max=5), own.clamp(max=1)) / own
+    c_out = PARAMETERIZATIONS[name].c_out(schedule.sigmas)
+    weights = min_snr(5.0, floor=1.0)(schedule.sigmas, c_out)
+    assert_close(weights.double(), expected, rtol=1e-4, atol=0)
+    assert weights[-1].item() == pytest.approx(1, rel=1e-3)
+    assert_close(weights[snr > 1], min_snr(5.0)(schedule.sigmas, c_out)[snr > 1])
+
+
+def test_epsilon_keeps_its_weights_whatever_the_floor() -> None:
+    sigma = SCHEDULE.zero_terminal_snr().sigmas
+    plain, floored = (min_snr(5.0, floor)(sigma, -sigma) for floor in (0.0, 1.0))
+    assert_close(floored, plain)
+
+
+@names
+def test_the_perturbation_is_seen_and_not_predicted(name: str) -> None:
+    """Ning et al. (2023), Algorithm 1: through diffusers' add_noise as its training example does,
+    and by hand for a flow.
+    """
+    extra = draw(5)
+    if name == "flow_prediction":
+        t = SIGMA / (1 + SIGMA)
+        seen, told = torch.lerp(X0, NOISE + extra, t[:, None, None, None]), 1000 * t
+    else:
+        seen, told = DDPM.add_noise(X0, NOISE + extra, TIMESTEPS), TIMESTEPS.float()
+    expected = (exact_output(name) - network(seen, told, COND)).square().mean(dim=(1, 2, 3))
+    denoiser = Denoiser(network, SCHEDULE, PARAMETERIZATIONS[name])
+    ours = diffusion_loss(denoiser, X0, SIGMA, NOISE, COND, perturbation=extra)
+    assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(ours, loss(name), rtol=1e-2)
+
+
+def test_offset_noise_has_a_mean_of_its_own_in_each_channel() -> None:
+    offset = torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(7))
+    shifted = offset_noise(NOISE, offset, 0.1)
+    means = (shifted - NOISE).mean(dim=(2, 3), keepdim=True)
+    assert_close(means, 0.1 * offset)
+    assert_close(shifted - means, NOISE)
 
 
 @names
