@@ -1,59 +1,70 @@
-"""An exponential moving average of a network's weights."""
+"""Exponential moving averages of a network's weights, of several lengths at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
     """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)).
 
     The warm-up of d forgets the random start (the schedule of TensorFlow's
-    ExponentialMovingAverage). Buffers are copied, not averaged. Averages are kept in fp32.
+    ExponentialMovingAverage). Averages are kept in fp32, of the parameters that require grad, in
+    shards where those are in shards; make it after the network is wrapped.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.average = {
-            name: value.detach().float().clone() for name, value in network.named_parameters()
+    def __init__(self, network: nn.Module, decays: Sequence[float]) -> None:
+        self.network = network
+        self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self.averages = {
+            decay: {name: p.detach().float().clone() for name, p in self.parameters.items()}
+            for decay in decays
         }
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        parameters = [value.detach().float() for _, value in network.named_parameters()]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
+        parameters = [_local(parameter).float() for parameter in self.parameters.values()]
+        for decay, average in self.averages.items():
+            weight = 1 - min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_([_local(value) for value in average.values()], parameters, weight)
 
     @contextmanager
-    def weights_in(self, network: nn.Module) -> Iterator[nn.Module]:
-        """The network with the averaged weights inside the block, its own after it."""
-        own = {name: value.detach().clone() for name, value in network.named_parameters()}
-        training = network.training
+    def weights_in(self, index: int = 0) -> Iterator[nn.Module]:
+        """The network with its averages in it and in eval mode inside the block, its own after it.
+
+        index: which of the decays.
+        """
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        modes = [(module, module.training) for module in self.network.modules()]
         try:
-            self._copy(self.average, network)
-            yield network.eval()
+            self._put(list(self.averages.values())[index])
+            yield self.network.eval()
         finally:
-            self._copy(own, network)
-            network.train(training)
+            self._put(own)
+            for module, training in modes:
+                module.training = training
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.cpu().contiguous() for name, value in self.average.items()}
+    def state(self) -> dict[str, Tensor]:
+        """The averages themselves, as "0.9999/parameter"."""
+        return {
+            f"{decay}/{name}": value
+            for decay, average in self.averages.items()
+            for name, value in average.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises RuntimeError unless names and shapes are this network's."""
-        own = {name: value.shape for name, value in self.average.items()}
-        if own != {name: value.shape for name, value in state.items()}:
-            raise RuntimeError("the averaged weights have other names or shapes")
-        for name, value in self.average.items():
-            value.copy_(state[name])
-
-    @staticmethod
     @torch.no_grad()
-    def _copy(values: dict[str, Tensor], network: nn.Module) -> None:
-        for name, parameter in network.named_parameters():
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _local(values: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here, sharing its memory."""
+    values = values.detach()
+    return values.to_local() if isinstance(values, DTensor) else values
