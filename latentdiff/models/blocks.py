@@ -6,16 +6,34 @@ H heads of width d. Feature maps are channels_last: [B, C, h, w] -> [B, N, C] th
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """The keys and values of one cross-attention, each [B, H, L, d]."""
+
+
+def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For a block's forward: while block.gradient_checkpointing is set, only its inputs are kept.
+
+    The backward pass computes the rest again: Chen et al. (2016). Gradients are the same.
+    """
+
+    @functools.wraps(forward)
+    def run(block: nn.Module, *inputs: Any) -> Tensor:
+        if not (block.gradient_checkpointing and torch.is_grad_enabled()):
+            return forward(block, *inputs)
+        again = functools.partial(forward, block)
+        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return run
 
 
 def timestep_embedding(timestep: Tensor, width: int, flip: bool, shift: float) -> Tensor:
@@ -49,6 +67,8 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock2D(nn.Module):
     """x + conv(act(norm(conv(act(norm(x))) + time))): the residual block of Ho et al. (2020)."""
 
+    gradient_checkpointing = False
+
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps)
@@ -58,6 +78,7 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
+    @recomputable
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, C_in, h, w], time [B, T] after its activation -> [B, C_out, h, w]."""
         h = self.conv1(F.silu(self.norm1(x)))
@@ -133,6 +154,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward: Rombach et al. (2022), app. E."""
 
+    gradient_checkpointing = False
+
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -142,6 +165,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
+    @recomputable
     def forward(self, x: Tensor, text: KeysValues) -> Tensor:
         """x [B, N, C] -> [B, N, C]."""
         x = x + self.attn1(self.norm1(x))
