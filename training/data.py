@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+
+from latentdiff.data.decode import UnreadableImage
+from latentdiff.data.order import Plan, Share
+
+T = TypeVar("T")
+
+Substitute = Callable[[int, int, int], int]
+"""(epoch, sample, attempt) -> the sample that takes an unreadable one's place."""
+Report = Callable[[int, str], None]
+"""Told the number of each sample that could not be read, and why."""
+
+
+class StepOrder(NamedTuple):
+    """What one process takes in one step: sample numbers of each of its micro-batches."""
+
+    epoch: int
+    micro_batches: list[list[int]]
+
+
+class MicroBatch(NamedTuple):
+    """Sample numbers and the samples themselves, collated."""
+
+    epoch: int
+    samples: list[int]
+    """What was planned, and what noise is keyed by, whether or not another took its place."""
+    data: Any
 
 
 class StepDataset(Dataset):  # type: ignore[type-arg]
@@ -17,39 +47,130 @@ class StepDataset(Dataset):  # type: ignore[type-arg]
         raise NotImplementedError
 
 
-class _Numbered(Dataset):  # type: ignore[type-arg]
-    def __init__(self, samples: StepDataset) -> None:
-        self.samples = samples
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.samples[index]
-
-
-def _collate(items: Sequence[tuple[int, Any]]) -> tuple[list[int], Any]:
-    return [index for index, _ in items], default_collate([sample for _, sample in items])
-
-
-def endless_orders(steps: range, batch_size: int, rank: int, processes: int) -> Iterator[list[int]]:
-    """Sample numbers of this process at each step of a data set without end: step by step."""
+def planned_orders(steps: range, plan: Plan, share: Share) -> Iterator[StepOrder]:
+    """One process's part of each step of a plan."""
     for step in steps:
-        yield list(range(step * batch_size + rank, (step + 1) * batch_size, processes))
+        batch = plan.batch(step)
+        yield StepOrder(batch.epoch, share.split(batch.samples))
+
+
+def endless_orders(steps: range, batch_size: int, share: Share) -> Iterator[StepOrder]:
+    """The same of a data set without end, taken step by step."""
+    for step in steps:
+        samples = range(step * batch_size, (step + 1) * batch_size)
+        yield StepOrder(0, share.split(samples))
+
+
+class _MicroBatches(Dataset):  # type: ignore[type-arg]
+    """(epoch, sample numbers) -> a micro-batch and what in it could not be read."""
+
+    def __init__(self, samples: StepDataset, substitute: Substitute | None) -> None:
+        self.samples, self.substitute = samples, substitute
+
+    def __getitem__(self, order: tuple[int, list[int]]) -> tuple[MicroBatch, dict[int, str]]:
+        epoch, numbers = order
+        unreadable: dict[int, str] = {}
+        data = default_collate([self.read(epoch, number, unreadable) for number in numbers])
+        return MicroBatch(epoch, numbers, data), unreadable
+
+    def read(self, epoch: int, number: int, unreadable: dict[int, str]) -> Any:
+        taken, attempt = number, 0
+        while True:
+            try:
+                return self.samples[taken]
+            except UnreadableImage as error:
+                unreadable[taken] = str(error)
+                if self.substitute is None:
+                    raise
+            taken, attempt = self.substitute(epoch, number, attempt), attempt + 1
+
+
+def _as_it_is(made: T) -> T:
+    return made
 
 
 def loader(
-    samples: StepDataset, orders: Iterable[list[int]], workers: int
-) -> Iterator[tuple[list[int], Any]]:
-    """(sample numbers, collated samples) for each list of sample numbers, in order."""
-    return iter(
-        DataLoader(
-            _Numbered(samples),
-            batch_sampler=orders,
-            num_workers=workers,
-            collate_fn=_collate,
-        )
+    samples: StepDataset,
+    orders: Iterable[StepOrder],
+    workers: int,
+    substitute: Substitute | None = None,
+    report: Report = lambda sample, reason: None,
+) -> Generator[list[MicroBatch], None, None]:
+    """The micro-batches of each step, in order, made ahead by `workers` processes; 0 for this one.
+
+    A sample that raises UnreadableImage is told to `report` and replaced by its substitute, the
+    same whoever reads it; without `substitute` the error is raised.
+    """
+    counts: deque[int] = deque()
+
+    def pieces() -> Iterator[tuple[int, list[int]]]:
+        for epoch, micro_batches in orders:
+            counts.append(len(micro_batches))
+            yield from ((epoch, numbers) for numbers in micro_batches)
+
+    source = _MicroBatches(samples, substitute)
+    step: list[MicroBatch] = []
+    made = DataLoader(
+        source,
+        batch_size=None,
+        sampler=pieces(),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
     )
+    for micro_batch, unreadable in made:
+        for number, reason in unreadable.items():
+            report(number, reason)
+        step.append(micro_batch)
+        if len(step) == counts[0]:
+            counts.popleft()
+            yield step
+            step = []
+
+
+def prefetch(batches: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+    """The same in the same order, made by a thread that keeps up to `depth` of them ready.
+
+    What `batches` raises is raised here, in its place. Closing this generator ends the thread and
+    then closes `batches`.
+    """
+    ready: queue.Queue[tuple[T, None] | tuple[None, BaseException]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def work() -> None:
+        iterator = iter(batches)
+        try:
+            for batch in iterator:
+                ready.put((batch, None))
+                if closed.is_set():
+                    break
+            end: BaseException = StopIteration()
+        except BaseException as error:
+            end = error
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
+        ready.put((None, end))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield batch  # type: ignore[misc]
+    finally:
+        closed.set()
+        while thread.is_alive():  # it may wait to hand over what nobody takes any more
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.01)
+        thread.join()
 
 
 def to_network(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, 3, H, W] -> float in [-1, 1], channels last."""
-    images = images.to(device, torch.float32).div(127.5).sub(1)
+    images = images.to(device).to(torch.float32).div(127.5).sub(1)
     return images.contiguous(memory_format=torch.channels_last)
