@@ -1,165 +1,344 @@
-"""Encode a data set once: posterior moments and token ids of every sample.
+"""Encode a data set once: posterior moments and token ids of every picture.
 
     accelerate launch -m training.cache_latents --config configs/emoji/cache_latents.yaml
 
-Killed anywhere, the same command continues; every process writes shards of its own.
+Killed anywhere, the same command continues. Every process writes shards of its own and never waits
+for another; whoever finds all shards written makes the cache whole.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from pydantic import Field
+import yaml
+from accelerate.utils import get_int_from_env, parse_flag_from_env
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latentdiff.config import Config, load_config, load_yaml, save_yaml
-from latentdiff.data import cache
-from latentdiff.data.scenes import EmojiScenes, ScenesConfig
-from latentdiff.data.sprites import SPRITES_FILE
+from latentdiff.config import Config, load_config
+from latentdiff.data.buckets import SizesConfig, fit, size_conditioning
+from latentdiff.data.cache import MANIFEST, CacheKey, LatentCache, Shard
+from latentdiff.data.cache_files import (
+    READABLE,
+    ShardRecords,
+    check_readable,
+    finish,
+    missing_shards,
+    prepare,
+    write_shard,
+)
+from latentdiff.data.decode import UnreadableImage
+from latentdiff.data.images import ImageTextSource, SourceConfig, open_source
+from latentdiff.data.scan import Scan, scan
+from latentdiff.data.store import Store
+from latentdiff.data.tokens import tokenize, tokenizers_digest
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.networks import load_tokenizer
-from training.data import StepDataset, loader, to_network
-from training.loop import Precision
+from training.config import Precision
+from training.data import to_network
+from training.encoder import encoder_digest, load_encoder
 
-ENCODER_FILES = (Path("vae", "diffusion_pytorch_model.safetensors"), Path("vae", "config.json"))
-TOKENIZER_FILE = Path("tokenizer", "tokenizer.json")
-TOWER_FILES = (Path("text_encoder", "model.safetensors"), Path("text_encoder", "config.json"))
+PREPROCESSING = "Lanczos, centre crop"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CacheConfig(Config):
     """A run of training.cache_latents."""
 
-    run_dir: Path
-    """The cache's directory."""
-    scenes: Path
-    """The scenes' YAML file."""
-    autoencoder: Path
+    run_dir: str
+    """The cache: a directory, or an fsspec URL such as s3://bucket/latents."""
+    source: SourceConfig
+    """The pictures and captions."""
+    sizes: SizesConfig
+    """The sizes that pictures are brought to."""
+    model: str | None = None
+    """The model whose VAE and tokenizers are used: a directory, a name on the hub, one .safetensors
+    file, or "emoji". What is named below replaces its parts; without it both are needed."""
+    autoencoder: Path | None = None
     """Directory with vae/, written by training.autoencoder."""
-    text_encoder: Path
+    text_encoder: Path | None = None
     """Directory with tokenizer/, written by training.clip."""
-    count: int = Field(gt=0)
-    """How many scenes."""
+    flip: bool = False
+    """Whether to encode each picture mirrored, too: twice the time and disk."""
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    """Share of unreadable pictures above which it stops; fewer are left out and listed."""
     shard_size: int = Field(default=4096, gt=0)
-    """Scenes in a shard: what is lost at most when it is stopped."""
+    """Pictures in a shard: what a process loses at most when it is stopped, and keeps in memory."""
     batch_size: int = Field(default=64, gt=0)
-    """Scenes encoded together."""
+    """Pictures encoded together, by each process."""
     workers: int = Field(default=0, ge=0)
-    """Processes that draw scenes ahead."""
+    """Processes that read or draw pictures ahead, for each process that encodes."""
     mixed_precision: Precision = "no"
     """Arithmetic of the encoder."""
 
+    @model_validator(mode="after")
+    def _whole(self) -> CacheConfig:
+        if self.model is None and None in (self.autoencoder, self.text_encoder):
+            raise ValueError("name autoencoder and text_encoder, or a model")
+        return self
 
-class CaptionedScenes(StepDataset):
-    """image uint8 [3, H, W] and caption of each scene."""
 
-    def __init__(self, scenes: EmojiScenes) -> None:
-        self.scenes = scenes
+@dataclass(frozen=True)
+class Picture:
+    """What becomes of one picture of a shard."""
 
-    def __getitem__(self, index: int) -> dict[str, object]:
-        sample = self.scenes[index]
-        return {
-            "image": torch.from_numpy(sample["image"]).permute(2, 0, 1).contiguous(),
-            "caption": sample["caption"],
+    row: int
+    """Its number in the source."""
+    caption: str
+    sha256: str | None
+    status: str
+    """READABLE, or why there is no image."""
+    image: Tensor | None = None
+    """uint8 [3, H, W]."""
+    size: tuple[int, ...] = ()
+    """SDXL's six numbers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of a shard's pictures; the images of the readable ones in one tensor."""
+
+    rows: list[int]
+    captions: list[str]
+    sha256: list[str | None]
+    status: list[str]
+    images: Tensor | None
+    """uint8 [R, 3, H, W]; None where none is readable."""
+    sizes: list[tuple[int, ...]]
+    """R times SDXL's six numbers."""
+
+
+class Pictures(Dataset):  # type: ignore[type-arg]
+    """Pictures by (number in the source, bucket's shape)."""
+
+    def __init__(self, source: ImageTextSource) -> None:
+        self.source = source
+
+    def __getitem__(self, place: tuple[int, tuple[int, int]]) -> Picture:
+        row, shape = place
+        caption, digest = self.source.caption(row), None
+        try:
+            digest = self.source.sha256(row)
+            picture = self.source.image(row)
+        except UnreadableImage as error:
+            return Picture(row, caption, digest, error.reason)
+        image, top, left = fit(picture, shape)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        size = size_conditioning(picture.size, top, left, shape)
+        return Picture(row, caption, digest, READABLE, pixels, size)
+
+
+def collate(pictures: list[Picture]) -> Batch:
+    images = [picture.image for picture in pictures if picture.image is not None]
+    return Batch(
+        [picture.row for picture in pictures],
+        [picture.caption for picture in pictures],
+        [picture.sha256 for picture in pictures],
+        [picture.status for picture in pictures],
+        torch.stack(images) if images else None,
+        [picture.size for picture in pictures if picture.image is not None],
+    )
+
+
+class Encoder:
+    """The networks' side: pictures and captions to records."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        tokenizers: list[PreTrainedTokenizerBase],
+        key: CacheKey,
+        device: torch.device,
+    ) -> None:
+        self.tokenizers, self.key, self.device = tokenizers, key, device
+        self.autoencoder = autoencoder.to(device)
+        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def moments(self, images: Tensor) -> np.ndarray:
+        """uint8 [B, 3, H, W] -> fp16 [B, flips, (mean, logvar), C, h, w].
+
+        Raises InputError where the encoder's arithmetic overflows.
+        """
+        pixels = to_network(images, self.device)
+        views = [pixels, pixels.flip(-1)] if self.key.flip else [pixels]
+        dtype = DTYPES[self.key.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            posteriors = [self.autoencoder.encode(view) for view in views]
+        both = [torch.stack([each.mean, each.logvar], dim=1) for each in posteriors]
+        values = torch.stack(both, dim=1).half()
+        if not values.isfinite().all():
+            raise InputError(
+                f"The VAE's latents are not finite with mixed_precision {self.key.precision}; "
+                "choose bf16 or no."
+            )
+        return values.cpu().numpy()
+
+    def records(
+        self, shard: Shard, batches: Iterable[Batch], progress: Callable[[int], object]
+    ) -> ShardRecords:
+        """Encode one shard's pictures, as they come in."""
+        pictures = shard.last - shard.first
+        arrays = {
+            name: np.empty((pictures, *shape), dtype)
+            for name, (dtype, shape) in self.key.record_shapes(shard.bucket).items()
         }
+        made = ShardRecords(**arrays, source=[], captions=[], cut=[], sha256=[], status=[])
+        count = 0
+        for batch in batches:
+            ids, cut = tokenize(self.tokenizers, batch.captions)
+            made.source.extend(batch.rows)
+            made.captions.extend(batch.captions)
+            made.cut.extend(cut.tolist())
+            made.sha256.extend(batch.sha256)
+            made.status.extend(batch.status)
+            if batch.images is not None:
+                here = slice(count, count + len(batch.images))
+                made.moments[here] = self.moments(batch.images)
+                made.ids[here] = ids[[status == READABLE for status in batch.status]]
+                made.sizes[here] = batch.sizes
+                count = here.stop
+            progress(len(batch.rows))
+        readable = {name: values[:count] for name, values in arrays.items()}
+        return dataclasses.replace(made, **readable)
 
 
-def digest(directory: Path, *files: Path) -> str:
-    """sha256 over the contents of files. Raises InputError when one is missing."""
-    total = hashlib.sha256()
-    for file in (directory / name for name in files):
-        if not file.is_file():
-            raise InputError(f"{file} is missing; train it first.")
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
+def cache_key(
+    config: CacheConfig,
+    source: ImageTextSource,
+    autoencoder: Autoencoder,
+    tokenizers: list[PreTrainedTokenizerBase],
+) -> CacheKey:
+    """Raises InputError when the sizes are none of the VAE's."""
+    factor, shapes = autoencoder.scale_factor, config.sizes.shapes()
+    if odd := [side for shape in shapes for side in shape if side % factor]:
+        raise InputError(
+            f"A side of {odd[0]} pixels is no multiple of the VAE's factor, {factor}; change "
+            "sizes.resolution or sizes.step."
+        )
+    return CacheKey(
+        encoder=encoder_digest(autoencoder),
+        tokenizers=tokenizers_digest(tokenizers),
+        source=source.digest,
+        count=len(source),
+        preprocessing=PREPROCESSING,
+        shapes=tuple(shapes),
+        flip=config.flip,
+        precision=config.mixed_precision,
+        shard_size=config.shard_size,
+        channels=autoencoder.latent_channels,
+        scale_factor=factor,
+        towers=len(tokenizers),
+        tokens=tokenizers[0].model_max_length,
+    )
 
 
-def describe(scenes: ScenesConfig) -> str:
-    """sha256 of what scenes are a function of: their configuration and the sprites."""
-    description = hashlib.sha256(scenes.model_dump_json().encode())
-    description.update(digest(SPRITES_FILE.parent, Path(SPRITES_FILE.name)).encode())
-    return description.hexdigest()
+def place() -> tuple[int, int, torch.device]:
+    """(rank, processes, device) as accelerate's launcher says; the processes do not meet."""
+    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0)
+    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return rank, processes, torch.device("cpu")
+    local = get_int_from_env(["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"], 0)
+    return rank, processes, torch.device(device.type, local)
+
+
+def batches(
+    source: ImageTextSource, scanned: Scan, shards: list[Shard], config: CacheConfig
+) -> Iterator[Batch]:
+    """The pictures of the shards, in pieces of batch_size that never span two."""
+
+    def places() -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        for shard in shards:
+            rows = scanned.rows(shard.bucket, shard.first, shard.last).tolist()
+            shape = scanned.shapes[shard.bucket]
+            for first in range(0, len(rows), config.batch_size):
+                yield [(row, shape) for row in rows[first : first + config.batch_size]]
+
+    return iter(
+        DataLoader(
+            Pictures(source),
+            batch_sampler=places(),  # type: ignore[arg-type]
+            num_workers=config.workers,
+            collate_fn=collate,
+        )
+    )
+
+
+def encode_missing(
+    encoder: Encoder,
+    source: ImageTextSource,
+    scanned: Scan,
+    store: Store,
+    config: CacheConfig,
+    rank: int,
+    processes: int,
+) -> None:
+    """Write this process's share of the shards that are still missing.
+
+    Raises InputError as soon as too many pictures are unreadable.
+    """
+    shards = encoder.key.shards(scanned.counts)
+    mine = [n for n in missing_shards(store, shards) if n % processes == rank]
+    made = batches(source, scanned, [shards[number] for number in mine], config)
+    reasons = scanned.reasons()
+    pictures = sum(shards[number].last - shards[number].first for number in mine)
+    with tqdm(total=pictures, unit="images", disable=rank > 0) as bar:
+        for number in mine:
+            size = shards[number].last - shards[number].first
+            pieces = itertools.islice(made, -(-size // config.batch_size))
+            records = encoder.records(shards[number], pieces, bar.update)
+            write_shard(store, number, records)
+            reasons.update(status for status in records.status if status != READABLE)
+            check_readable(reasons, len(source), config.max_unreadable)
+
+
+def summary(cache: LatentCache) -> str:
+    """What a finished cache holds, for people."""
+    lines = [f"{len(cache)} pictures"]
+    lines += [
+        f"  {count} of {width} x {height}"
+        for (width, height), count in zip(cache.buckets, cache.counts, strict=True)
+        if count
+    ]
+    lines += [f"left out: {count} {reason}" for reason, count in cache.unreadable.items()]
+    tokens, share = cache.key.tokens, cache.cut / len(cache)
+    lines.append(f"captions longer than {tokens} tokens, and cut: {share:.2%}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     config = load_config(CacheConfig)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
-    )
-    scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-    hashes = {
-        "encoder": digest(config.autoencoder, *ENCODER_FILES),
-        "tokenizer": digest(config.text_encoder, TOKENIZER_FILE),
-    }
-    vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
-    tokenizer = load_tokenizer(config.text_encoder / "tokenizer")
-    autoencoder = Autoencoder(vae).to(accelerator.device)
-    autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side = scenes.config.resolution // autoencoder.scale_factor
-    key = cache.CacheKey(
-        **hashes,
-        source=describe(scenes.config),
-        precision=config.mixed_precision,
-        count=config.count,
-        shard_size=config.shard_size,
-        latent_shape=(autoencoder.latent_channels, side, side),
-        tokens=tokenizer.model_max_length,
-    )
-    if accelerator.is_main_process:
-        cache.prepare(config.run_dir, key)
-        save_yaml(config, config.run_dir / "config.yaml")
-    accelerator.wait_for_everyone()
-    missing = cache.missing_shards(config.run_dir, key)
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    total = sum(len(key.samples(number)) for number in mine)
-    bar = tqdm(total=total, unit="images", disable=not accelerator.is_main_process)
-    for number in mine:
-        records = encode_shard(
-            autoencoder, tokenizer, scenes, key.samples(number), config, accelerator, bar
-        )
-        cache.write_shard(config.run_dir, number, records)
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        cache.finish(config.run_dir, key)
-        print(f"finished: {config.run_dir}")
-    accelerator.end_training()
-
-
-@torch.inference_mode()
-def encode_shard(
-    autoencoder: Autoencoder,
-    tokenizer: PreTrainedTokenizerBase,
-    scenes: EmojiScenes,
-    samples: range,
-    config: CacheConfig,
-    accelerator: Accelerator,
-    bar: tqdm,  # type: ignore[type-arg]
-) -> cache.Records:
-    """Records of consecutive samples."""
-    means, logvars, captions = [], [], []
-    first, last, size = samples.start, samples.stop, config.batch_size
-    orders = [list(range(start, min(start + size, last))) for start in range(first, last, size)]
-    for _, batch in loader(CaptionedScenes(scenes), orders, config.workers):
-        with accelerator.autocast():
-            posterior = autoencoder.encode(to_network(batch["image"], accelerator.device))
-        means.append(posterior.mean.cpu().numpy().astype(np.float16))
-        logvars.append(posterior.logvar.cpu().numpy().astype(np.float16))
-        captions += batch["caption"]
-        bar.update(len(batch["caption"]))
-    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
-    return cache.Records(
-        np.concatenate(means),
-        np.concatenate(logvars),
-        ids["input_ids"].astype(np.int32),
-        captions,
-    )
+    rank, processes, device = place()
+    source = open_source(config.source)
+    autoencoder, tokenizers = load_encoder(config.model, config.autoencoder, config.text_encoder)
+    key = cache_key(config, source, autoencoder, tokenizers)
+    store = Store(config.run_dir)
+    prepare(store, key)
+    if rank == 0:
+        values = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        store.write("config.yaml", values.encode())
+    if not store.exists(MANIFEST):
+        scan(source, store, rank, processes)
+        scanned = Scan(source, store, key.shapes)
+        check_readable(scanned.reasons(), len(source), config.max_unreadable)
+        encoder = Encoder(autoencoder, tokenizers, key, device)
+        encode_missing(encoder, source, scanned, store, config, rank, processes)
+        if missing_shards(store, key.shards(scanned.counts)):
+            return  # whichever process is last will finish the cache
+        finish(store, key, scanned, config.max_unreadable)
+        print(summary(LatentCache(config.run_dir)))
+    print(f"finished: {config.run_dir}")
 
 
 if __name__ == "__main__":

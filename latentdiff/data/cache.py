@@ -1,11 +1,15 @@
-"""Latents of a whole data set on disk: fixed-size records in memory-mapped shards."""
+"""Latents of a whole data set: fixed-size records in memory-mapped shards, one bucket to a shard.
+
+A cache is a directory or an fsspec URL. Shard number n has shard-n.safetensors with the records and
+shard-n.parquet with what is known of each picture, written last; key.json says what they are a
+function of; index.parquet and, last of all, manifest.json make the cache whole.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +21,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from latentdiff.data.store import LOCAL_BYTES, Store
 from latentdiff.errors import InputError
 
+KEY = "key.json"
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_HEADER_BYTES = 1 << 20
+MAPPED = 64
+"""Shards that a reader keeps open."""
 
 
 @dataclass(frozen=True)
@@ -28,218 +38,221 @@ class CacheKey:
     """What the records are a function of, and their shape. Two equal keys make equal caches."""
 
     encoder: str
-    """sha256 of the autoencoder's weights and configuration."""
-    tokenizer: str
-    """sha256 of the tokenizer's file."""
+    """sha256 of the autoencoder's encoder, its weights and scale."""
+    tokenizers: str
+    """sha256 of the tokenizers."""
     source: str
-    """sha256 of the data set's description and preprocessing."""
+    """sha256 of what identifies the pictures and captions."""
+    count: int
+    """Pictures of the source, unreadable ones too."""
+    preprocessing: str
+    """How a picture is brought to its bucket's size."""
+    shapes: tuple[tuple[int, int], ...]
+    """The buckets, (width, height) in pixels."""
+    flip: bool
+    """Whether each picture is there mirrored, too."""
     precision: str
     """Arithmetic that it was encoded in: "no" is fp32."""
-    count: int
-    """Samples."""
     shard_size: int
-    """Samples in each shard but the last."""
-    latent_shape: tuple[int, int, int]
-    """[C, h, w]."""
+    """Pictures in each shard but a bucket's last."""
+    channels: int
+    """C of the latents."""
+    scale_factor: int
+    """Pixels per latent along each axis."""
+    towers: int
+    """Tokenizers of the model."""
     tokens: int
-    """Token ids of each caption."""
+    """L, token ids of each caption and tokenizer."""
 
     @property
     def digest(self) -> str:
         """sha256 of the key."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    @property
-    def shards(self) -> int:
-        return -(-self.count // self.shard_size)
+    def latent_shape(self, bucket: int) -> tuple[int, int, int]:
+        """[C, h, w]."""
+        width, height = self.shapes[bucket]
+        return self.channels, height // self.scale_factor, width // self.scale_factor
 
-    def samples(self, shard: int) -> range:
-        first = shard * self.shard_size
-        return range(first, min(first + self.shard_size, self.count))
+    def record_shapes(self, bucket: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+        """Type and shape of one record's arrays: moments are [flips, (mean, logvar), C, h, w]."""
+        return {
+            "moments": (np.float16, (1 + self.flip, 2, *self.latent_shape(bucket))),
+            "ids": (np.int32, (self.towers, self.tokens)),
+            "sizes": (np.int32, (6,)),
+        }
+
+    def shards(self, counts: Sequence[int]) -> list[Shard]:
+        """The shards of buckets with `counts` pictures, bucket by bucket."""
+        return [
+            Shard(bucket, first, min(first + self.shard_size, count))
+            for bucket, count in enumerate(counts)
+            for first in range(0, count, self.shard_size)
+        ]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures first..last-1 of a bucket, in the source's order."""
+
+    bucket: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Records:
-    """Some samples: posterior mean and log-variance [B, C, h, w] fp16, token ids [B, L] int32."""
+    """Samples of one bucket."""
 
-    mean: np.ndarray
-    logvar: np.ndarray
-    ids: np.ndarray
-    captions: list[str]
-
-
-def prepare(directory: Path, key: CacheKey) -> None:
-    """Make the directory, or accept one begun with the same key.
-
-    Raises InputError when it holds another cache.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "key.json"
-    mine = json.loads(json.dumps(asdict(key)))
-    if path.exists():
-        theirs = _read_json(path)
-        if differing := sorted(name for name in mine if mine[name] != theirs.get(name)):
-            raise InputError(
-                f"{directory} holds a cache with another {', '.join(differing)}; "
-                "delete it or choose another run_dir."
-            )
-        return
-    _write(path, (json.dumps(mine, indent=1) + "\n").encode())
-
-
-def missing_shards(directory: Path, key: CacheKey) -> list[int]:
-    """Shards that are still to be written."""
-    return [n for n in range(key.shards) if not _part(directory, n, "captions.parquet").exists()]
-
-
-def write_shard(directory: Path, number: int, records: Records) -> None:
-    """Write one shard's files, each staged and renamed, the captions last: they mark it whole."""
-    moments = np.stack([records.mean, records.logvar], axis=1)
-    _save_array(_part(directory, number, "moments.npy"), moments)
-    _save_array(_part(directory, number, "ids.npy"), records.ids)
-    target = _part(directory, number, "captions.parquet")
-    staged = target.with_suffix(f".{os.getpid()}")
-    pq.write_table(pa.table({"caption": records.captions}), staged)
-    _publish(staged, target)
-
-
-def finish(directory: Path, key: CacheKey) -> None:
-    """Write the index and, last, the manifest.
-
-    Raises InputError while shards are missing, and when one is damaged.
-    """
-    if left := missing_shards(directory, key):
-        raise InputError(f"{directory} lacks {len(left)} of {key.shards} shards; run again.")
-    tables = []
-    for number in range(key.shards):
-        _open_shard(directory, key, number)
-        captions = _read_captions(_part(directory, number, "captions.parquet"))
-        samples = key.samples(number)
-        if len(captions) != len(samples):
-            raise _damaged(_part(directory, number, "captions.parquet"))
-        tables.append(
-            pa.table(
-                {
-                    "key": pa.array(samples, pa.int64()),
-                    "shard": pa.array([number] * len(samples), pa.int32()),
-                    "row": pa.array(range(len(samples)), pa.int32()),
-                    "caption": captions,
-                }
-            )
-        )
-    staged = directory / f"{INDEX}.{os.getpid()}"
-    pq.write_table(pa.concat_tables(tables), staged)
-    _publish(staged, directory / INDEX)
-    _write(directory / MANIFEST, (json.dumps(asdict(key), indent=1) + "\n").encode())
+    mean: Tensor
+    """Posterior means [B, C, h, w] fp32, scaled as the autoencoder scales latents."""
+    logvar: Tensor
+    """Log-variances [B, C, h, w] fp32."""
+    ids: Tensor
+    """Token ids [B, towers, L] int64."""
+    sizes: Tensor
+    """[B, 6] int64: original height and width, crop's top and left, target height and width."""
 
 
 class LatentCache:
     """A finished cache, read by sample number.
 
-    Raises InputError when the directory holds no finished cache, and on reading a shard that is
-    missing or damaged.
+    Samples are numbered bucket by bucket, unreadable pictures left out. Opening reads the manifest
+    alone, and reading maps shards as they are needed, the least recently used of MAPPED giving way.
+
+    Args:
+        url: a directory or an fsspec URL.
+        local, local_bytes: where shards of a URL are kept, and how many bytes of them; see Store.
+
+    Raises InputError when there is no finished cache, and on reading a shard that is missing or
+    damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        if not (directory / MANIFEST).is_file():
-            raise InputError(
-                f"{directory} holds no finished latent cache; run training.cache_latents."
-            )
-        values = _read_json(directory / MANIFEST)
+    def __init__(
+        self, url: str | Path, local: Path | None = None, local_bytes: int = LOCAL_BYTES
+    ) -> None:
+        self.store = Store(url, local, local_bytes)
+        if not self.store.exists(MANIFEST):
+            raise InputError(f"{url} holds no finished latent cache; run training.cache_latents.")
+        values = read_object(self.store.read_bytes(MANIFEST), self.store, MANIFEST)
         try:
-            key = CacheKey(**{**values, "latent_shape": tuple(values["latent_shape"])})
-        except (KeyError, TypeError):
-            raise _damaged(directory / MANIFEST) from None
-        self.directory, self.key = directory, key
-        self._shard = functools.lru_cache(maxsize=None)(
-            functools.partial(_open_shard, directory, key)
-        )
+            shapes = tuple((int(width), int(height)) for width, height in values["key"]["shapes"])
+            self.key = CacheKey(**{**values["key"], "shapes": shapes})
+            rows = [np.array(counts, dtype=np.int64) for counts in values["rows"]]
+            self.unreadable: dict[str, int] = dict(values["unreadable"])
+            """How many pictures were left out for each reason."""
+            self.cut = int(values["cut"])
+            """How many captions are longer than the tokenizer's limit."""
+            if len(rows) != len(shapes) or any(counts.ndim != 1 for counts in rows):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise damaged(self.store, MANIFEST) from None
+        self.buckets = list(shapes)
+        """(width, height) in pixels of each bucket."""
+        self.counts: list[int] = [int(counts.sum()) for counts in rows]
+        """Samples of each bucket."""
+        self.latent_shapes = [self.key.latent_shape(bucket) for bucket in range(len(shapes))]
+        """[C, h, w] of each bucket."""
+        self._rows, self._ends = rows, [np.cumsum(counts) for counts in rows]
+        self._offsets = np.cumsum([0, *self.counts])
+        self._first = np.cumsum([0, *map(len, rows)]).tolist()
+        self._shard = functools.lru_cache(maxsize=MAPPED)(self._open)
 
     def __len__(self) -> int:
-        return self.key.count
+        return int(self._offsets[-1])
 
-    def read(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and log-variance [B, C, h, w] fp32, token ids [B, L] int64.
+    def read(self, samples: Sequence[int], flipped: Sequence[bool] | None = None) -> Records:
+        """Samples of one bucket, those mirrored that `flipped` says; B is their number.
 
-        Raises IndexError for a number outside range(len(self)).
+        Raises IndexError for a number outside range(len(self)), ValueError for samples of several
+        buckets, and InputError when mirrored ones are asked of a cache without them.
         """
-        if not all(0 <= sample < len(self) for sample in samples):
+        numbers = np.asarray(samples, dtype=np.int64)
+        if not ((numbers >= 0) & (numbers < len(self))).all():
             raise IndexError(f"The cache holds samples 0 to {len(self) - 1}.")
-        places = [divmod(sample, self.key.shard_size) for sample in samples]
-        moments = np.stack([self._shard(shard)[0][row] for shard, row in places])
-        ids = np.stack([self._shard(shard)[1][row] for shard, row in places])
+        buckets = np.searchsorted(self._offsets, numbers, side="right") - 1
+        bucket = int(buckets[0])
+        if (buckets != bucket).any():
+            raise ValueError("These samples lie in several buckets.")
+        mirrored = np.zeros(len(numbers), dtype=np.int64)
+        if flipped is not None and any(flipped):
+            if not self.key.flip:
+                raise InputError("The latent cache has no mirrored pictures; make it with flip.")
+            mirrored[:] = flipped
+        places = numbers - self._offsets[bucket]
+        shards = np.searchsorted(self._ends[bucket], places, side="right")
+        rows = places - (self._ends[bucket] - self._rows[bucket])[shards]
+        shapes = self.key.record_shapes(bucket)
+        moments = np.empty((len(numbers), *shapes["moments"][1][1:]), np.float16)
+        ids = np.empty((len(numbers), *shapes["ids"][1]), np.int32)
+        sizes = np.empty((len(numbers), *shapes["sizes"][1]), np.int32)
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            arrays = self._shard(bucket, shard)
+            moments[here] = arrays["moments"][rows[here], mirrored[here]]
+            ids[here] = arrays["ids"][rows[here]]
+            sizes[here] = arrays["sizes"][rows[here]]
         mean, logvar = torch.from_numpy(moments).float().unbind(dim=1)
-        return mean, logvar, torch.from_numpy(ids).long()
+        return Records(mean, logvar, torch.from_numpy(ids).long(), torch.from_numpy(sizes).long())
 
     def captions(self) -> list[str]:
-        """Every caption in sample order."""
-        captions: list[str] = _read_captions(self.directory / INDEX).to_pylist()
+        """Every caption in sample order; reads the whole index."""
+        try:
+            table = pq.read_table(self.store.local(INDEX), columns=["key", "caption"])
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            raise damaged(self.store, INDEX) from None
+        captions: list[str] = table.filter(table["key"].is_valid())["caption"].to_pylist()
         return captions
 
-
-def _open_shard(directory: Path, key: CacheKey, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior moments [N, 2, C, h, w] fp16 and token ids [N, L] int32, memory-mapped."""
-    count = len(key.samples(number))
-    moments, ids = _part(directory, number, "moments.npy"), _part(directory, number, "ids.npy")
-    return (
-        _open_array(moments, (count, 2, *key.latent_shape), np.float16),
-        _open_array(ids, (count, key.tokens), np.int32),
-    )
+    def _open(self, bucket: int, shard: int) -> dict[str, np.ndarray]:
+        count = int(self._rows[bucket][shard])
+        return open_shard(self.store, self.key, self._first[bucket] + shard, bucket, count)
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+def open_shard(
+    store: Store, key: CacheKey, number: int, bucket: int, count: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a shard with `count` records, memory-mapped."""
+    name = part_name(number, "safetensors")
     try:
-        values: np.ndarray = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except Exception:  # NumPy parses headers with Python's own parser: its errors are of any kind
-        raise _damaged(path) from None
-    if (values.shape, values.dtype) != (shape, np.dtype(dtype)):
-        raise _damaged(path)
-    return values
+        path = store.local(name)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        data = np.memmap(path, np.uint8, "r")[8 + length :]
+        arrays = {}
+        for field, (dtype, shape) in key.record_shapes(bucket).items():
+            values = header[field]
+            begin, end = values["data_offsets"]
+            if values["dtype"] != STORED[dtype] or values["shape"] != [count, *shape]:
+                raise ValueError
+            arrays[field] = data[begin:end].view(dtype).reshape(count, *shape)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        raise damaged(store, name) from None
+    return arrays
 
 
-def _read_captions(path: Path) -> pa.ChunkedArray:
+STORED = {np.float16: "F16", np.int32: "I32"}
+
+
+def read_object(content: bytes, store: Store, name: str) -> dict[str, Any]:
     try:
-        return pq.read_table(path)["caption"]
-    except (OSError, pa.ArrowException, KeyError):
-        raise _damaged(path) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError:
+        values = json.loads(content) if len(content) <= MAX_MANIFEST_BYTES else None
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise _damaged(path)
+        raise damaged(store, name)
     return values
 
 
-def _damaged(path: Path) -> InputError:
-    shard = path.name.startswith("shard-")
-    whole = path.with_name(path.name.split(".")[0] + ".*") if shard else path.parent
+def damaged(store: Store, name: str) -> InputError:
+    shard = name.startswith("shard-")
+    whole = f"{name.split('.')[0]}.*" if shard else "the cache"
     return InputError(
-        f"{path} is missing or damaged; delete {whole} and run training.cache_latents again."
+        f"{store.url}: {name} is missing or damaged; delete {whole} and run training.cache_latents "
+        "again."
     )
 
 
-def _part(directory: Path, number: int, name: str) -> Path:
-    return directory / f"shard-{number:05d}.{name}"
-
-
-def _save_array(target: Path, values: np.ndarray) -> None:
-    staged = target.with_suffix(f".{os.getpid()}")
-    with staged.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
-    _publish(staged, target)
-
-
-def _write(target: Path, content: bytes) -> None:
-    staged = target.with_suffix(f".{os.getpid()}")
-    staged.write_bytes(content)
-    _publish(staged, target)
-
-
-def _publish(staged: Path, target: Path) -> None:
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(staged, target)
+def part_name(number: int, ending: str) -> str:
+    return f"shard-{number:06d}.{ending}"

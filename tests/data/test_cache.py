@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -19,41 +20,111 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from latentdiff.data import cache
-from latentdiff.data.cache import CacheKey, LatentCache, Records
+from latentdiff.data import cache, scan
+from latentdiff.data.cache import CacheKey, LatentCache, Shard
+from latentdiff.data.cache_files import (
+    READABLE,
+    ShardRecords,
+    finish,
+    missing_shards,
+    prepare,
+    write_shard,
+)
+from latentdiff.data.decode import UnreadableImage
+from latentdiff.data.images import ImageTextSource
+from latentdiff.data.scan import Scan
+from latentdiff.data.store import Store
 from latentdiff.errors import InputError
 
+SHAPES = ((16, 24), (16, 16), (24, 16))
 KEY = CacheKey(
     encoder="a" * 64,
-    tokenizer="b" * 64,
+    tokenizers="b" * 64,
     source="c" * 64,
+    count=9,
+    preprocessing="Lanczos, centre crop",
+    shapes=SHAPES,
+    flip=False,
     precision="no",
-    count=7,
-    shard_size=3,
-    latent_shape=(2, 4, 5),
+    shard_size=2,
+    channels=3,
+    scale_factor=4,
+    towers=2,
     tokens=6,
 )
+KINDS = "TSWSX?WSW"
+"""Nine pictures: tall, square or wide; X without a header, ? damaged behind it."""
 NEVER_LOADED: list[str] = []
 
 
-def records(samples: range, key: CacheKey = KEY) -> Records:
-    """A function of the samples' numbers, different in every value."""
-    rng = [np.random.default_rng(sample) for sample in samples]
-    return Records(
-        np.stack([r.normal(size=key.latent_shape) for r in rng]).astype(np.float16),
-        np.stack([r.normal(size=key.latent_shape) for r in rng]).astype(np.float16),
-        np.stack([r.integers(0, 50_000, key.tokens) for r in rng]).astype(np.int32),
-        [f"caption {sample}: ein Füchschen 🦊" for sample in samples],
+class Pictures(ImageTextSource):
+    """Pictures by their kinds."""
+
+    def __init__(self, kinds: str = KINDS) -> None:
+        self.kinds, self.digest = kinds, "c" * 64
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def size(self, index: int) -> tuple[int, int]:
+        self.asked.append(index)
+        if self.kinds[index] == "X":
+            raise UnreadableImage("unknown format")
+        return {"T": (30, 50), "S": (50, 51), "?": (50, 51), "W": (51, 30)}[self.kinds[index]]
+
+    def image(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        return f"caption {index}: ein Füchschen 🦊"
+
+    def sha256(self, index: int) -> str | None:
+        return f"{index:064x}"
+
+
+def record(row: int, key: CacheKey, bucket: int) -> dict[str, np.ndarray]:
+    """A function of the picture's number in the source, different in every value."""
+    rng = np.random.default_rng(row)
+    return {
+        name: rng.integers(-500, 500, shape).astype(dtype)
+        for name, (dtype, shape) in key.record_shapes(bucket).items()
+    }
+
+
+def shard_records(source: Pictures, scanned: Scan, shard: Shard, key: CacheKey) -> ShardRecords:
+    rows = scanned.rows(shard.bucket, shard.first, shard.last).tolist()
+    readable = [row for row in rows if source.kinds[row] != "?"]
+    records = [record(row, key, shard.bucket) for row in readable]
+    arrays = {
+        name: np.stack([each[name] for each in records])
+        if records
+        else np.empty((0, *shape), dtype)
+        for name, (dtype, shape) in key.record_shapes(shard.bucket).items()
+    }
+    return ShardRecords(
+        **arrays,
+        source=rows,
+        captions=[source.caption(row) for row in rows],
+        cut=[row % 3 for row in rows],
+        sha256=[source.sha256(row) for row in rows],
+        status=[READABLE if row in readable else "damaged" for row in rows],
     )
 
 
-def write(directory: Path, key: CacheKey = KEY) -> None:
+def write(url: Path | str, key: CacheKey = KEY, kinds: str = KINDS) -> None:
     """What training.cache_latents does; killed anywhere, it can be called again."""
-    cache.prepare(directory, key)
-    for number in cache.missing_shards(directory, key):
-        cache.write_shard(directory, number, records(key.samples(number), key))
-    cache.finish(directory, key)
+    store, source = Store(url), Pictures(kinds)
+    prepare(store, key)
+    if not store.exists(cache.MANIFEST):
+        scan.scan(source, store)
+        scanned = Scan(source, store, key.shapes)
+        shards = key.shards(scanned.counts)
+        for number in missing_shards(store, shards):
+            write_shard(store, number, shard_records(source, scanned, shards[number], key))
+        finish(store, key, scanned)
 
 
 @pytest.fixture
@@ -63,48 +134,92 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-def check_whole(directory: Path, key: CacheKey = KEY, order: list[int] | None = None) -> None:
-    latents = LatentCache(directory)
-    order = list(range(key.count)) if order is None else order
-    assert len(latents) == key.count
+def numbering(kinds: str) -> list[list[int]]:
+    """The source's rows of each bucket, in sample order."""
+    return [[row for row, kind in enumerate(kinds) if kind == shape] for shape in "TSW"]
+
+
+def check_whole(latents: LatentCache, kinds: str = KINDS, key: CacheKey = KEY) -> None:
+    expected = numbering(kinds)
     assert latents.key == key
-    mean, logvar, ids = latents.read(order)
-    assert (mean.dtype, logvar.dtype, ids.dtype) == (torch.float32, torch.float32, torch.int64)
-    for row, sample in enumerate(order):
-        expected = records(range(sample, sample + 1), key)
-        np.testing.assert_array_equal(mean[row], expected.mean[0])
-        np.testing.assert_array_equal(logvar[row], expected.logvar[0])
-        np.testing.assert_array_equal(ids[row], expected.ids[0])
-    assert latents.captions() == records(range(key.count), key).captions
+    assert latents.counts == [len(rows) for rows in expected]
+    assert len(latents) == sum(latents.counts)
+    first = 0
+    for bucket, rows in enumerate(expected):
+        for flipped in (None, [bool(row % 2) for row in rows]) if rows else ():
+            if flipped is not None and not key.flip:
+                continue
+            order = sorted(range(len(rows)), key=lambda place: place * 7 % 5)  # not in order
+            mirrored = None if flipped is None else [flipped[place] for place in order]
+            got = latents.read([first + place for place in order], mirrored)
+            assert (got.mean.dtype, got.logvar.dtype) == (torch.float32, torch.float32)
+            assert (got.ids.dtype, got.sizes.dtype) == (torch.int64, torch.int64)
+            assert got.mean.shape[1:] == latents.latent_shapes[bucket]
+            for n, place in enumerate(order):
+                values = record(rows[place], key, bucket)
+                view = 0 if mirrored is None else int(mirrored[n])
+                np.testing.assert_array_equal(got.mean[n], values["moments"][view, 0])
+                np.testing.assert_array_equal(got.logvar[n], values["moments"][view, 1])
+                np.testing.assert_array_equal(got.ids[n], values["ids"])
+                np.testing.assert_array_equal(got.sizes[n], values["sizes"])
+        first += len(rows)
+    source = Pictures(kinds)
+    assert latents.captions() == [source.caption(row) for rows in expected for row in rows]
 
 
 # Round trip
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 20), st.integers(1, 25), st.data())
-def test_any_samples_in_any_order_come_back(
-    tmp_path_factory: pytest.TempPathFactory, count: int, shard_size: int, data: st.DataObject
+@settings(deadline=None, max_examples=20)
+@given(st.text("TSWX?", min_size=1, max_size=25), st.integers(1, 9), st.booleans())
+def test_every_sample_comes_back_under_its_number(
+    tmp_path_factory: pytest.TempPathFactory, kinds: str, shard_size: int, flip: bool
 ) -> None:
-    key = dataclasses.replace(KEY, count=count, shard_size=shard_size)
+    key = dataclasses.replace(KEY, count=len(kinds), shard_size=shard_size, flip=flip)
     path = tmp_path_factory.mktemp("latents")
-    write(path, key)
-    order = st.lists(st.integers(0, count - 1), min_size=1, max_size=30)
-    check_whole(path, key, data.draw(order))
+    if set(kinds) <= {"X", "?"}:
+        with pytest.raises(InputError, match=rf"none of {len(kinds)} pictures can be used"):
+            write(path, key, kinds)
+    else:
+        write(path, key, kinds)
+        latents = LatentCache(path)
+        check_whole(latents, kinds, key)
+        left_out = {"unknown format": kinds.count("X"), "damaged": kinds.count("?")}
+        assert latents.unreadable == {name: count for name, count in left_out.items() if count}
+        assert latents.cut == sum(row % 3 > 0 for rows in numbering(kinds) for row in rows)
 
 
-def test_shards_part_the_samples() -> None:
-    assert [list(KEY.samples(n)) for n in range(KEY.shards)] == [[0, 1, 2], [3, 4, 5], [6]]
+def test_the_index_lists_every_picture_of_the_source(directory: Path) -> None:
+    rows = {row["source"]: row for row in pq.read_table(directory / cache.INDEX).to_pylist()}
+    assert sorted(rows) == list(range(len(KINDS)))
+    samples = list(itertools.chain(*numbering(KINDS)))
+    for number, kind in enumerate(KINDS):
+        row = rows[number]
+        expected = {"X": "unknown format", "?": "damaged"}.get(kind, READABLE)
+        assert row["status"] == expected
+        if kind in "X?":
+            assert (row["key"], row["shard"], row["row"]) == (None, None, None)
+            continue
+        assert row["key"] == samples.index(number)
+        assert (row["caption"], row["cut"]) == (Pictures().caption(number), number % 3)
+        assert (row["sha256"], row["bucket"]) == (f"{number:064x}", "TSW".index(kind))
+        arrays = safetensors(directory / f"shard-{row['shard']:06d}.safetensors")
+        expected_record = record(number, KEY, row["bucket"])["moments"]
+        np.testing.assert_array_equal(arrays["moments"][row["row"]], expected_record)
 
 
-def test_the_index_finds_every_sample(directory: Path) -> None:
-    rows = pq.read_table(directory / cache.INDEX).to_pylist()
-    assert [row["key"] for row in rows] == list(range(KEY.count))
-    for row in rows:
-        moments = np.load(directory / f"shard-{row['shard']:05d}.moments.npy")
-        np.testing.assert_array_equal(
-            moments[row["row"], 0], records(range(row["key"], row["key"] + 1)).mean[0]
-        )
+def safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def test_a_cache_at_a_url_is_read_through_a_local_copy(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/latents"
+    write(url)
+    latents = LatentCache(url, tmp_path / "copy")
+    check_whole(latents)
+    assert any((tmp_path / "copy").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("sample", [-1, 7])
@@ -113,36 +228,98 @@ def test_samples_outside_are_refused(directory: Path, sample: int) -> None:
         LatentCache(directory).read([0, sample])
 
 
+def test_samples_of_two_buckets_are_refused(directory: Path) -> None:
+    with pytest.raises(ValueError, match="several buckets"):
+        LatentCache(directory).read([0, 1])
+
+
+def test_mirrored_samples_are_asked_of_a_cache_that_has_them(directory: Path) -> None:
+    latents = LatentCache(directory)
+    latents.read([1, 2], [False, False])
+    with pytest.raises(InputError, match="make it with flip"):
+        latents.read([1, 2], [False, True])
+
+
+def test_opening_reads_the_manifest_alone(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.name != cache.MANIFEST:
+            path.unlink()
+    latents = LatentCache(directory)
+    assert (len(latents), latents.buckets) == (7, list(SHAPES))
+    assert latents.latent_shapes == [(3, 6, 4), (3, 4, 4), (3, 4, 6)]
+
+
+def test_only_so_many_shards_stay_open(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MAPPED", 2)
+    latents = LatentCache(directory)
+    check_whole(latents)
+    assert latents._shard.cache_info().currsize == 2
+
+
+# The scan of sizes
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.text("TSWX", min_size=1, max_size=40), st.integers(1, 4), st.data())
+def test_a_scan_parts_pictures_into_buckets(
+    tmp_path_factory: pytest.TempPathFactory, kinds: str, processes: int, data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "PART", 7)
+        source, store = Pictures(kinds), Store(tmp_path_factory.mktemp("scan"))
+        scan.scan(source, store, data.draw(st.integers(0, processes - 1)), processes)
+        assert sorted(source.asked) == list(range(len(kinds)))
+        source.asked.clear()
+        scan.scan(source, store, 0, processes)  # nothing is left for another process
+        assert source.asked == []
+        scanned = Scan(source, store, SHAPES)
+        expected = numbering(kinds)
+        assert scanned.counts == [len(rows) for rows in expected]
+        for bucket, rows in enumerate(expected):
+            first = data.draw(st.integers(0, len(rows)))
+            last = data.draw(st.integers(first, len(rows)))
+            assert scanned.rows(bucket, first, last).tolist() == rows[first:last]
+        bad = [(row, "unknown format") for row, kind in enumerate(kinds) if kind == "X"]
+        assert list(scanned.unreadable()) == bad
+        assert scanned.reasons().total() == len(bad)
+
+
 # Keys
 
 
 def test_the_same_key_is_accepted_again(directory: Path) -> None:
+    before = contents(directory)
     write(directory)
-    check_whole(directory)
+    assert contents(directory) == before
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"encoder": "d" * 64},
-        {"tokenizer": "d" * 64, "tokens": 5},
-        {"source": "d" * 64, "count": 8, "shard_size": 2},
-        {"latent_shape": (2, 5, 4)},
+        {"tokens": 5, "towers": 1},
+        {"count": 8, "shard_size": 3, "source": "d" * 64},
+        {"flip": True, "shapes": ((16, 16),)},
     ],
 )
 def test_another_key_is_refused_with_what_differs(directory: Path, changes: dict[str, Any]) -> None:
-    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    before = contents(directory)
     names = ", ".join(sorted(changes))
     with pytest.raises(InputError, match=f"holds a cache with another {names}; delete it"):
-        cache.prepare(directory, dataclasses.replace(KEY, **changes))
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+        prepare(Store(directory), dataclasses.replace(KEY, **changes))
+    assert contents(directory) == before
+    assert dataclasses.replace(KEY, **changes).digest != KEY.digest
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"encoder": "aa', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"encoder": "aa', b"\xff\xfe", b"[" * 9999])
 def test_a_damaged_key_is_refused(directory: Path, content: bytes) -> None:
-    (directory / "key.json").write_bytes(content)
+    (directory / cache.KEY).write_bytes(content)
     with pytest.raises(InputError, match=r"key\.json is missing or damaged"):
-        cache.prepare(directory, KEY)
+        prepare(Store(directory), KEY)
 
 
 # What is missing or damaged
@@ -155,13 +332,37 @@ def test_a_directory_without_a_finished_cache_is_refused(tmp_path: Path) -> None
 
 
 def test_a_cache_cannot_be_finished_while_shards_are_missing(tmp_path: Path) -> None:
-    cache.prepare(tmp_path, KEY)
-    cache.write_shard(tmp_path, 1, records(KEY.samples(1)))
-    assert cache.missing_shards(tmp_path, KEY) == [0, 2]
-    with pytest.raises(InputError, match="lacks 2 of 3 shards; run again"):
-        cache.finish(tmp_path, KEY)
+    store, source = Store(tmp_path), Pictures()
+    prepare(store, KEY)
+    scan.scan(source, store)
+    scanned = Scan(source, store, SHAPES)
+    shards = KEY.shards(scanned.counts)
+    assert shards == [
+        Shard(0, 0, 1),
+        Shard(1, 0, 2),
+        Shard(1, 2, 4),
+        Shard(2, 0, 2),
+        Shard(2, 2, 3),
+    ]
+    write_shard(store, 1, shard_records(source, scanned, shards[1], KEY))
+    assert missing_shards(store, shards) == [0, 2, 3, 4]
+    with pytest.raises(InputError, match="lacks 4 of 5 shards; run again"):
+        finish(store, KEY, scanned)
     with pytest.raises(InputError, match="no finished latent cache"):
         LatentCache(tmp_path)
+
+
+def test_too_many_unreadable_pictures_leave_it_unfinished(directory: Path) -> None:
+    """Two of nine are: one that the scan found and one that did not decode."""
+    (directory / cache.MANIFEST).unlink()
+    store = Store(directory)
+    scanned = Scan(Pictures(), store, SHAPES)
+    words = r"2 of 9 pictures cannot be read \(1 damaged, 1 unknown format\), more than .*0\.2;"
+    with pytest.raises(InputError, match=words):
+        finish(store, KEY, scanned, max_unreadable=0.2)
+    assert not (directory / cache.MANIFEST).exists()
+    finish(store, KEY, scanned, max_unreadable=0.25)
+    check_whole(LatentCache(directory))
 
 
 def truncate(path: Path) -> None:
@@ -177,56 +378,61 @@ def scribble(path: Path) -> None:
 
 
 def one_row_less(path: Path) -> None:
-    if path.suffix == ".npy":
-        np.save(path, np.load(path)[:-1])
-    else:
-        pq.write_table(pq.read_table(path).slice(1), path)
+    rewrite(path, lambda values: values[:-1])
 
 
 def another_type(path: Path) -> None:
-    if path.suffix == ".npy":
-        np.save(path, np.load(path).astype(np.float64))
-    else:
-        pq.write_table(pa.table({"text": ["a", "b", "c"]}), path)
+    rewrite(path, lambda values: values.astype(np.float64))
 
 
-DAMAGES = pytest.mark.parametrize(
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: change(values) for name, values in safetensors(path).items()}, path)
+
+
+@pytest.mark.parametrize(
     "damage", [Path.unlink, truncate, empty, scribble, one_row_less, another_type]
 )
-
-
-@DAMAGES
-@pytest.mark.parametrize("part", ["moments.npy", "ids.npy"])
-def test_a_damaged_shard_is_refused_and_the_others_read(
-    directory: Path, part: str, damage: Callable[[Path], None]
+def test_a_damaged_shard_is_refused_and_can_be_made_again(
+    directory: Path, damage: Callable[[Path], None]
 ) -> None:
-    damage(directory / f"shard-00001.{part}")
+    damage(directory / "shard-000001.safetensors")
     latents = LatentCache(directory)
-    latents.read([0, 2, 6])
-    with pytest.raises(InputError, match=rf"shard-00001\.{part} is missing or damaged") as error:
-        latents.read([0, 4])
-    assert "shard-00001.* and run training.cache_latents again" in str(error.value)
-
-
-@DAMAGES
-@pytest.mark.parametrize("part", ["moments.npy", "ids.npy", "captions.parquet"])
-def test_a_damaged_shard_is_not_finished_and_can_be_made_again(
-    tmp_path: Path, part: str, damage: Callable[[Path], None]
-) -> None:
-    cache.prepare(tmp_path, KEY)
-    for number in range(KEY.shards):
-        cache.write_shard(tmp_path, number, records(KEY.samples(number)))
-    damage(tmp_path / f"shard-00000.{part}")
-    with pytest.raises(InputError, match=r"missing or damaged|lacks 1 of 3 shards"):
-        cache.finish(tmp_path, KEY)
-    assert not (tmp_path / cache.MANIFEST).exists()
-    for path in tmp_path.glob("shard-00000.*"):
+    latents.read([0])
+    latents.read([3])
+    words = r"shard-000001\.safetensors is missing or damaged; delete shard-000001\.\* and run"
+    with pytest.raises(InputError, match=words):
+        latents.read([3, 1])
+    (directory / cache.MANIFEST).unlink()
+    with pytest.raises(InputError, match=words):
+        write(directory)
+    for path in directory.glob("shard-000001.*"):
         path.unlink()
-    write(tmp_path)
-    check_whole(tmp_path)
+    write(directory)
+    check_whole(LatentCache(directory))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"latent_shape": [1, 2, 3]}', b'{"la'])
+def test_a_damaged_table_is_not_finished(directory: Path) -> None:
+    (directory / cache.MANIFEST).unlink()
+    path = directory / "shard-000001.parquet"
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], table(pq.read_table(path).slice(1)), table(pa.table({}))):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"shard-000001\.parquet is missing or damaged"):
+            write(directory)
+    assert not (directory / cache.MANIFEST).exists()
+
+
+def table(values: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(values, sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"key": {"shapes": [1]}, "rows": []}', b'{"la']
+)
 def test_a_damaged_manifest_is_refused(directory: Path, content: bytes) -> None:
     (directory / cache.MANIFEST).write_bytes(content)
     with pytest.raises(InputError, match=r"manifest\.json is missing or damaged"):
@@ -245,25 +451,31 @@ class Bomb:
         return NEVER_LOADED.append, ("unpickled",)
 
 
-@pytest.mark.parametrize("part", ["moments.npy", "ids.npy"])
-def test_pickles_are_refused_unread(directory: Path, part: str) -> None:
-    path = directory / f"shard-00000.{part}"
-    objects = np.empty(3, dtype=object)
-    objects[:] = [Bomb(), Bomb(), Bomb()]
-    for store in (lambda: np.save(path, objects), lambda: path.write_bytes(pickle.dumps(Bomb()))):
-        store()
+def test_pickles_are_refused_unread(directory: Path) -> None:
+    path = directory / "shard-000000.safetensors"
+    objects = io.BytesIO()
+    np.save(objects, np.array([Bomb()], dtype=object))
+    for content in (pickle.dumps(Bomb()), objects.getvalue()):
+        path.write_bytes(content)
         with pytest.raises(InputError, match="missing or damaged"):
             LatentCache(directory).read([0])
     assert NEVER_LOADED == []
 
 
-def test_objects_are_not_written(tmp_path: Path) -> None:
-    cache.prepare(tmp_path, KEY)
-    good = records(KEY.samples(0))
-    bad = dataclasses.replace(good, ids=good.ids.astype(object))
-    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
-        cache.write_shard(tmp_path, 0, bad)
-    assert 0 in cache.missing_shards(tmp_path, KEY)
+@pytest.mark.parametrize(
+    "offsets", [[0, 10**15], [-64, 0], [10**15, 10**15 + 64], ["a", "b"], [0.5, 1.5], None, []]
+)
+def test_a_shards_header_cannot_point_outside(directory: Path, offsets: Any) -> None:
+    path = directory / "shard-000000.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["moments"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(InputError, match="missing or damaged"):
+        LatentCache(directory).read([0])
 
 
 # Interruptions
@@ -275,18 +487,16 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_at_any_rename_nothing_looks_whole_and_the_same_command_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """To the same bytes."""
     real = os.replace
-    renames = 1 + 3 * KEY.shards + 2
+    renames = 1 + 1 + 2 * 5 + 2  # the key, the scan, the shards, index and manifest
     for fatal in itertools.count():
         path, calls = tmp_path / str(fatal), itertools.count()
 
         def replace(
-            source: Path,
-            target: Path,
-            fatal: int = fatal,
-            calls: itertools.count[int] = calls,
+            source: Path, target: Path, fatal: int = fatal, calls: itertools.count[int] = calls
         ) -> None:
             now = next(calls) == fatal
             if now and moment == "before":
@@ -304,51 +514,10 @@ def test_killed_at_any_rename_nothing_looks_whole_and_the_same_command_continues
             break
         finally:
             monkeypatch.setattr(os, "replace", real)
-
-        if (fatal, moment) == (renames - 1, "after"):
-            check_whole(path)
-        else:
+        if (fatal, moment) != (renames - 1, "after"):
             with pytest.raises(InputError, match="no finished latent cache"):
                 LatentCache(path)
-            for number in set(range(KEY.shards)) - set(cache.missing_shards(path, KEY)):
-                assert len(np.load(path / f"shard-{number:05d}.moments.npy")) == len(
-                    KEY.samples(number)
-                )
         write(path)
-        check_whole(path)
+        assert contents(path) == contents(directory)
         shutil.rmtree(path)
     assert fatal == renames
-
-
-def test_half_a_file_is_never_under_its_own_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every file appears by a rename, complete and already on the disk."""
-    synced: set[int] = set()
-    real_sync, real_replace = os.fsync, os.replace
-
-    def sync(descriptor: int) -> None:
-        real_sync(descriptor)
-        synced.add(os.fstat(descriptor).st_ino)
-
-    published: dict[str, bytes] = {}
-
-    def replace(source: Path, target: Path) -> None:
-        assert source.parent == target.parent
-        assert os.stat(source).st_ino in synced
-        published[target.name] = source.read_bytes()
-        real_replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
-    write(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == published
-    assert list(published)[-1] == cache.MANIFEST
-    for number in range(KEY.shards):
-        mine = [name for name in published if name.startswith(f"shard-{number:05d}")]
-        assert mine[-1].endswith("captions.parquet")
-
-
-def test_the_manifest_is_the_key(directory: Path) -> None:
-    values = json.loads((directory / cache.MANIFEST).read_text())
-    assert values == {**dataclasses.asdict(KEY), "latent_shape": [2, 4, 5]}

@@ -1,0 +1,333 @@
+"""Image-text sources: numbered pictures with captions, drawn here or read from files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+from pydantic import Field, model_validator
+
+from latentdiff.config import Config, load_yaml
+from latentdiff.data.decode import MAX_BYTES, UnreadableImage, decode, measure
+from latentdiff.data.scenes import EmojiScenes, ScenesConfig
+from latentdiff.data.sprites import SPRITES_FILE
+from latentdiff.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PICTURES = ("image", "jpg", "jpeg", "png", "webp")
+"""Columns that hold pictures, the first of these that there is, where none is named."""
+CAPTIONS = ("text", "caption", "txt")
+"""The same of captions."""
+
+
+class SourceConfig(Config):
+    """Pictures and their captions."""
+
+    type: Literal["scenes", "folder", "parquet", "webdataset"]
+    """scenes: emoji scenes, drawn as they are asked for. folder: picture files, with captions in
+    metadata.jsonl or metadata.csv or in picture.txt beside picture.png. parquet: tables with the
+    pictures' bytes inside. webdataset: tar files, as img2dataset writes them. datasets copies the
+    last two into its own cache (HF_DATASETS_CACHE) when they are first read."""
+    path: Path
+    """The scenes' YAML file, the folder, or for the others a folder, a file or a pattern of files
+    such as data/*.tar."""
+    count: int | None = Field(default=None, gt=0)
+    """How many of the pictures, from the first; all by default. Scenes have no end and need it."""
+    split: str = "train"
+    """Of scenes train or held_out; of a folder of pictures a split that datasets finds in it; of
+    tables the files with this word in their names, or for train all where none has it."""
+    image_column: str | None = None
+    """Where the pictures are; found by default: image, jpg, jpeg, png or webp."""
+    caption_column: str | None = None
+    """Where the captions are; found by default: text, caption or txt."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceConfig:
+        if self.type == "scenes":
+            if self.count is None:
+                raise ValueError("scenes have no end: set count")
+            if self.split not in ("train", "held_out"):
+                raise ValueError("the split of scenes is train or held_out")
+        return self
+
+
+class ImageTextSource(ABC):
+    """Pictures numbered from 0."""
+
+    digest: str
+    """sha256 of what identifies the data."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels, from the header alone. Raises UnreadableImage."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """RGB. Raises UnreadableImage."""
+
+    @abstractmethod
+    def caption(self, index: int) -> str:
+        """Empty where there is none."""
+
+    @abstractmethod
+    def sha256(self, index: int) -> str | None:
+        """Of the file's bytes; None for what was drawn."""
+
+
+def open_source(config: SourceConfig) -> ImageTextSource:
+    """Raises InputError when there is no such data, or no pictures or captions in it."""
+    if not _files(config.path):
+        raise InputError(f"There are no files at {config.path}; correct the source's path.")
+    if config.type == "scenes":
+        return ScenesSource(config)
+    return FolderSource(config) if config.type == "folder" else TableSource(config)
+
+
+def describe(scenes: ScenesConfig) -> str:
+    """sha256 of what scenes are a function of: their configuration and the sprites."""
+    sprites = hashlib.sha256(SPRITES_FILE.read_bytes()).digest()
+    description = hashlib.sha256(scenes.model_dump_json().encode())
+    description.update(hashlib.sha256(sprites).hexdigest().encode())
+    return description.hexdigest()
+
+
+class ScenesSource(ImageTextSource):
+    """Emoji scenes. The digest is of their configuration and the sprites."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.scenes = EmojiScenes(
+            load_yaml(ScenesConfig, config.path),
+            config.split,  # type: ignore[arg-type]
+        )
+        assert config.count is not None
+        self.count = config.count
+        self.digest = _digest((describe(self.scenes.config), config.split))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.scenes.config.resolution, self.scenes.config.resolution
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.scenes.render(self.scenes.scene(index)))
+
+    def caption(self, index: int) -> str:
+        return self.scenes.scene(index).caption
+
+    def sha256(self, index: int) -> str | None:
+        return None
+
+
+class FolderSource(ImageTextSource):
+    """A folder of picture files, in the order of their names.
+
+    The digest is of the files' names and lengths, and of the captions.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        if not config.path.is_dir():
+            raise InputError(f"{config.path} is no folder; name one, or another type of source.")
+        table = _load("imagefolder", config, data_dir=str(config.path), drop_labels=True)
+        column = _column(table, config.caption_column, CAPTIONS, config, needed=False)
+        captions = [""] * len(table) if column is None else table[column]
+        paths = [Path(value["path"]) for value in _undecoded(table, "image")["image"]]
+        if column is None:
+            captions = [_beside(path) for path in paths]
+            if not any(captions):
+                raise InputError(
+                    f"{config.path} has no captions: add metadata.jsonl with file_name and text, "
+                    "or a .txt beside each picture."
+                )
+        both = sorted(zip(paths, map(_text, captions), strict=True))[: config.count]
+        self.paths = [path for path, _ in both]
+        self.captions = [caption for _, caption in both]
+        self.digest = _digest(
+            f"{os.path.relpath(path, config.path)}|{_length(path)}|{caption}"
+            for path, caption in both
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def size(self, index: int) -> tuple[int, int]:
+        try:
+            with self.paths[index].open("rb") as file:
+                return measure(file)
+        except OSError:
+            raise UnreadableImage("missing") from None
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self._raw(index))
+
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
+    def sha256(self, index: int) -> str | None:
+        return _sha256(self._raw(index))
+
+    def _raw(self, index: int) -> bytes:
+        try:
+            with self.paths[index].open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except OSError:
+            raise UnreadableImage("missing") from None
+
+
+class TableSource(ImageTextSource):
+    """Rows of parquet or tar files, read by datasets, undecoded and memory-mapped.
+
+    The digest is of the files' names and lengths, and of which columns are used.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        files = _tables(config)
+        table = _load(config.type, config, data_files={config.split: list(map(str, files))})
+        image = _column(table, config.image_column, PICTURES, config)
+        caption = _column(table, config.caption_column, CAPTIONS, config)
+        if config.count is not None:
+            table = table.select(range(min(config.count, len(table))))
+        self._images = _undecoded(table.select_columns([image]), image)
+        self._captions = table.select_columns([caption])
+        self._columns = image, caption
+        self.digest = _digest(
+            [config.type, config.split, image, caption]
+            + [f"{file.relative_to(_root(config.path))}|{_length(file)}" for file in files]
+        )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return measure(io.BytesIO(self._raw(index)))
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self._raw(index))
+
+    def caption(self, index: int) -> str:
+        return _text(self._captions[index][self._columns[1]])
+
+    def sha256(self, index: int) -> str | None:
+        return _sha256(self._raw(index))
+
+    def _raw(self, index: int) -> bytes:
+        value = self._images[index][self._columns[0]]
+        data = value and value["bytes"]
+        if not data:
+            raise UnreadableImage("missing")
+        return data
+
+
+def _load(builder: str, config: SourceConfig, **options: Any) -> Dataset:
+    """One split as `datasets` reads it. Raises InputError where it does not."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, split=config.split, **options)
+    except Exception as error:  # its builders raise errors of many kinds
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(
+            f"{config.path} cannot be read as {config.type}, split {config.split} ({reason})."
+        ) from None
+
+
+def _column(
+    table: Dataset,
+    named: str | None,
+    usual: tuple[str, ...],
+    config: SourceConfig,
+    needed: bool = True,
+) -> str | None:
+    names = table.column_names
+    found = [name for name in (usual if named is None else (named,)) if name in names]
+    if not found and (needed or named is not None):
+        raise InputError(
+            f"{config.path} has no column {named or ' or '.join(usual)} but {', '.join(names)}; "
+            "set image_column and caption_column of the source."
+        )
+    return found[0] if found else None
+
+
+def _undecoded(table: Dataset, column: str) -> Dataset:
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except Exception:  # Arrow's errors are of many kinds
+        raise InputError(f"The column {column} holds no pictures; set image_column.") from None
+
+
+def _text(value: object) -> str:
+    """A caption as it stands in a table: a text, none, or several of which the first is taken."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise InputError(f"A caption is {value!r}, which is no text; set caption_column.")
+
+
+def _beside(path: Path) -> str:
+    """The caption in picture.txt beside picture.png."""
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else ""
+
+
+def _root(path: Path) -> Path:
+    """The directory that a path or a pattern starts from."""
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def _files(path: Path) -> list[Path]:
+    """Every file of a folder, a file or a pattern, sorted."""
+    if path.is_file():
+        return [path]
+    root = _root(path)
+    pattern = "**/*" if root == path else path.relative_to(root).as_posix()
+    return sorted(file for file in root.glob(pattern) if file.is_file())
+
+
+def _tables(config: SourceConfig) -> list[Path]:
+    """The files of one split. Raises InputError when there are none."""
+    files, root = _files(config.path), _root(config.path)
+    if config.path == root:
+        suffix = ".tar" if config.type == "webdataset" else ".parquet"
+        files = [file for file in files if file.suffix == suffix]
+    word = re.compile(rf"(?<![a-z]){re.escape(config.split)}(?![a-z])", re.IGNORECASE)
+    named = [file for file in files if word.search(file.relative_to(root).as_posix())]
+    if not named and config.split != "train":
+        files = []
+    if not files:
+        raise InputError(
+            f"{config.path} has no {config.type} files of the split {config.split}; correct path "
+            "or split."
+        )
+    return named or files
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(lines: Iterable[str]) -> str:
+    total = hashlib.sha256()
+    for line in lines:
+        total.update(f"{len(line)}|{line}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,75 @@
+"""What turns pictures and captions into latents and token ids: a model's VAE and tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from latentdiff.checkpoint import open_source
+from latentdiff.errors import InputError
+from latentdiff.model_files import read_json, read_shards, weights_files, weights_name
+from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.networks import build_vae, load_tokenizer
+from latentdiff.weights import load_module
+
+ENCODER_CONFIG = ("act_fn", "down_block_types", "layers_per_block", "norm_num_groups")
+"""Of a VAE's config.json what its encoder is besides its weights."""
+
+
+def load_encoder(
+    model: str | None, autoencoder: Path | None, text_encoder: Path | None
+) -> tuple[Autoencoder, list[PreTrainedTokenizerBase]]:
+    """The VAE in fp32 and the tokenizers of a model, and no other network of it.
+
+    A directory with vae/ and one with tokenizer/ take the place of the model's, or both of a model.
+    Raises InputError when they are missing or cannot be read.
+    """
+    source = None if model is None else open_source(model, own_vae=autoencoder is None)
+    if text_encoder is not None:
+        tokenizers = [load_tokenizer(_trained(text_encoder / "tokenizer"))]
+    else:
+        assert source is not None
+        tokenizers = [source.tokenizer(tower) for tower in source.towers]
+    if autoencoder is not None:
+        folder = _trained(autoencoder / "vae")
+        files, path = weights_files(folder, weights_name("vae")), folder / "config.json"
+        values, tensors = read_json(path), read_shards(files)
+    else:
+        assert source is not None
+        source.check_vae()
+        files, path = source.files("vae"), source.config_path("vae")
+        values, tensors = source.config("vae"), source.tensors("vae")
+    vae = load_module(build_vae, values, path, tensors, files[0], torch.float32)
+    return Autoencoder(vae).requires_grad_(False), tokenizers
+
+
+def _trained(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing; train it first.")
+    return folder
+
+
+def encoder_digest(autoencoder: Autoencoder) -> str:
+    """sha256 of what latents are a function of: the encoder's weights, its kind and the scale."""
+    vae = autoencoder.vae
+    kind = {name: vae.config.get(name) for name in ENCODER_CONFIG}
+    kind |= {"scaling": autoencoder.scaling, "shift": autoencoder.shift}
+    weights = vae.state_dict().items()
+    encoder = {n: t for n, t in weights if n.startswith(("encoder.", "quant_conv."))}
+    words = json.dumps(kind, sort_keys=True) + tensors_digest(encoder)
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors, their names and shapes, as fp32."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"|{name}|{list(tensor.shape)}|".encode())
+        total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
