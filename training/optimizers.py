@@ -91,6 +91,12 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 
 def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from training.adamw8bit import AdamW8bit
+    except ImportError:
+        raise InputError(
+            "adamw8bit needs bitsandbytes; install it with: pip install 'latentdiff[8bit]'."
+        ) from None
     parameters = [parameter for group in groups for parameter in group["params"]]
     if any(parameter.device.type != "cuda" for parameter in parameters):
         raise InputError("adamw8bit runs on NVIDIA GPUs; set optimizer.name to adamw or adafactor.")
@@ -99,10 +105,4 @@ def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
             "adamw8bit cannot share its state among processes (FSDP2); set optimizer.name to adamw "
             "or adafactor, or launch with DDP."
         )
-    try:
-        from training.adamw8bit import AdamW8bit
-    except ImportError:
-        raise InputError(
-            "adamw8bit needs bitsandbytes; install it with: pip install 'latentdiff[8bit]'."
-        ) from None
     return AdamW8bit(groups, config.learning_rate, config.betas)
