@@ -214,11 +214,12 @@ class Downsample2D(nn.Module):
 
     def __init__(self, width: int, padding: int) -> None:
         super().__init__()
+        self.padding = padding
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, ceil(h / 2), ceil(w / 2)]; without padding, floor."""
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample2D(nn.Module):
