@@ -5,7 +5,7 @@ accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from pydantic import Field
 from torch import Tensor
 
 from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import generator, keyed_normal
-from training.cache_latents import describe
-from training.data import StepDataset, endless_orders, loader, to_network
-from training.loop import Losses, RunConfig, make_accelerator, seeded, train
+from training.config import RunConfig, StepLosses, seeded
+from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
+from training.loop import make_accelerator, train
 from training.pictures import grid
 
 
@@ -145,27 +146,31 @@ class AutoencoderProgram:
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-        self.inputs = {"scenes": describe(self.scenes.config)}
+        self.inputs = {"scenes": self.scenes.digest}
         with seeded(config.seed):
             vae = config.vae.build(self.scenes.config.resolution)
         self.network = Autoencoder(vae)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """None: scenes are drawn."""
+        return {}
+
+    def batches(self, steps: range, share: Share) -> Generator[list[MicroBatch], None, None]:
         config = self.config
         crops = SceneCrops(self.scenes, config.crop, config.seed)
-        orders = endless_orders(steps, config.batch_size, rank, processes)
-        for indices, images in loader(crops, orders, config.workers):
-            yield {"images": images, "indices": indices}
+        orders = endless_orders(steps, config.batch_size, share)
+        return loader(crops, orders, config.workers)
 
     def losses(
-        self, network: Callable[..., Any], batch: dict[str, Any], device: torch.device
-    ) -> Losses:
-        images = to_network(batch["images"], device)
+        self, forward: Callable[..., Any], batch: MicroBatch, device: torch.device
+    ) -> StepLosses:
+        images = to_network(batch.data, device)
         side = self.config.crop // self.network.scale_factor
         shape = (self.network.latent_channels, side, side)
-        noise = keyed_normal(self.config.seed, "posterior", 0, batch["indices"], shape).to(device)
-        decoded, posterior = network(images, noise)
+        noise = keyed_normal(self.config.seed, "posterior", 0, batch.samples, shape).to(device)
+        decoded, posterior = forward(images, noise)
         decoded = decoded.float()
         pixel = F.l1_loss(decoded, images)
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
@@ -173,7 +178,19 @@ class AutoencoderProgram:
         loss = pixel + self.config.edge_weight * edge + self.config.kl_weight * kl
         mse = F.mse_loss(decoded, images)
         psnr = 10 * torch.log10(4 / mse.detach())
-        return {"loss": loss, "l1": pixel.detach(), "kl": kl.detach(), "psnr": psnr}
+        return StepLosses(loss, {"l1": pixel.detach(), "kl": kl.detach(), "psnr": psnr})
+
+    def validation(
+        self, forward: Callable[..., Any], device: torch.device, share: Share
+    ) -> tuple[float, int] | None:
+        """None: samples and the PSNR at the end are of scenes that it never saw."""
+        return None
+
+    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+        """PSNR of unseen scenes, in dB."""
+        pictures = self.unseen(256)[share.rank :: share.processes]
+        quality = psnr(reconstruct(self.network, pictures), pictures)
+        return {"evaluation/psnr": (float(quality.sum()), len(quality))}
 
     def samples(self, device: torch.device) -> Image.Image:
         """Scenes it never saw above their reconstructions."""

@@ -5,7 +5,7 @@ accelerate launch -m training.clip --config configs/emoji/clip.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.models.text_encoder import TextEncoder
-from training.cache_latents import describe
-from training.data import StepDataset, endless_orders, loader, to_network
-from training.loop import Losses, RunConfig, make_accelerator, seeded, train
+from training.config import RunConfig, StepLosses, seeded
+from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
+from training.loop import make_accelerator, train
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
 
@@ -119,7 +120,7 @@ class ClipProgram:
     def __init__(self, config: ClipConfig) -> None:
         self.config = config
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-        self.inputs = {"scenes": describe(self.scenes.config)}
+        self.inputs = {"scenes": self.scenes.digest}
         captions = (self.scenes.scene(i).caption for i in range(config.tokenizer_captions))
         self.tokenizer = train_tokenizer(captions, config.vocabulary_size, config.max_length)
         self.network = self._build()
@@ -144,22 +145,43 @@ class ClipProgram:
             )
         return TwoTowers(clip)
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """None: scenes are drawn."""
+        return {}
+
+    def batches(self, steps: range, share: Share) -> Generator[list[MicroBatch], None, None]:
         self.loss = ClipLoss(
-            local_loss=True, gather_with_grad=True, rank=rank, world_size=processes
+            local_loss=True, gather_with_grad=True, rank=share.rank, world_size=share.processes
         )
-        orders = endless_orders(steps, self.config.batch_size, rank, processes)
-        samples = NearMisses(self.scenes, self.tokenizer)
-        return (batch for _, batch in loader(samples, orders, self.config.workers))
+        orders = endless_orders(steps, self.config.batch_size, share)
+        return loader(NearMisses(self.scenes, self.tokenizer), orders, self.config.workers)
 
     def losses(
-        self, network: Callable[..., Any], batch: dict[str, Tensor], device: torch.device
-    ) -> Losses:
-        images = to_network(batch["image"], device)
-        texts, pictures, scale = network(batch["ids"].to(device), images)
+        self, forward: Callable[..., Any], batch: MicroBatch, device: torch.device
+    ) -> StepLosses:
+        images = to_network(batch.data["image"], device)
+        texts, pictures, scale = forward(batch.data["ids"].to(device), images)
         loss = self.loss(pictures.float(), texts.float(), scale.float())
         right = (pictures @ texts.T).argmax(dim=1) == torch.arange(len(texts), device=device)
-        return {"loss": loss, "accuracy": right.float().mean(), "scale": scale.detach()}
+        return StepLosses(loss, {"accuracy": right.float().mean(), "scale": scale.detach()})
+
+    def validation(
+        self, forward: Callable[..., Any], device: torch.device, share: Share
+    ) -> tuple[float, int] | None:
+        """None: what it retrieves among unseen scenes is measured instead."""
+        return None
+
+    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+        """Share of unseen captions that retrieve their own picture of 256."""
+        right = self.retrieved(device)
+        return {"evaluation/retrieval": (float(right.sum()), len(right))}
+
+    def retrieved(self, device: torch.device) -> Tensor:
+        """Whether each of 256 unseen captions retrieves its own picture, [256]."""
+        scenes = EmojiScenes(self.scenes.config, "held_out")
+        similarity = self.similarity([scenes.scene(index) for index in range(256)], scenes, device)
+        return similarity.argmax(dim=1).cpu() == torch.arange(256)
 
     def samples(self, device: torch.device) -> Image.Image:
         """Unseen scenes above the pictures that their captions retrieve among 256."""
@@ -186,11 +208,8 @@ class ClipProgram:
         clip.save_pretrained(directory / "clip")
         clip.text_model.save_pretrained(directory / "text_encoder")
         self.tokenizer.save_pretrained(directory / "tokenizer")
-        scenes = EmojiScenes(self.scenes.config, "held_out")
-        shown = [scenes.scene(index) for index in range(256)]
-        similarity = self.similarity(shown, scenes, device)
-        right = similarity.argmax(dim=1).cpu() == torch.arange(len(shown))
-        print(f"unseen captions that retrieve their own picture of 256: {right.float().mean():.1%}")
+        right = self.retrieved(device).float().mean()
+        print(f"unseen captions that retrieve their own picture of 256: {right:.1%}")
 
 
 def main() -> None:

@@ -1,65 +1,75 @@
-"""Train the U-Net on cached latents, conditioned on text and timestep.
+"""Train the U-Net on latents, conditioned on text and timestep.
 
 accelerate launch -m training.diffusion --config configs/emoji/diffusion.yaml
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from latentdiff.checkpoint import ModelParts, load_model, save_model
-from latentdiff.config import load_config, load_yaml
-from latentdiff.data.cache import LatentCache
-from latentdiff.data.order import step_orders
-from latentdiff.data.scenes import ScenesConfig
+from latentdiff.checkpoint import save_model
+from latentdiff.config import load_config
+from latentdiff.data.order import Plan, Share
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.diffusion.loss import diffusion_loss, min_snr, uniform
 from latentdiff.errors import InputError, run_command
-from latentdiff.models.autoencoder import Autoencoder, Posterior
-from latentdiff.models.blocks import BasicTransformerBlock
-from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.networks import load_text_encoder
+from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage
-from latentdiff.rng import keyed_normal, keyed_uniform
-from latentdiff.scheduler_config import SchedulerConfig
-from training.cache_latents import ENCODER_FILES, TOKENIZER_FILE, TOWER_FILES, digest
-from training.loop import Losses, RunConfig, make_accelerator, seeded, train
+from training.assemble import PartsConfig, assemble
+from training.config import StepLosses
+from training.data import planned_orders
+from training.encoder import tensors_digest
+from training.latents import Batch, CachedLatents, Latents, LiveConfig, LiveLatents
+from training.loop import make_accelerator, train
+from training.lora import LoRAConfig, attach, save_lora
+from training.network import Text, TextToLatents
+from training.objective import ObjectiveConfig
 from training.pictures import grid
 
 
-class DiffusionConfig(RunConfig):
+class DiffusionConfig(PartsConfig):
     """A run of training.diffusion."""
 
-    cache: Path
-    """The latent cache, written by training.cache_latents."""
-    autoencoder: Path
-    """Directory with vae/, the one that the cache was made with."""
-    text_encoder: Path
-    """Directory with text_encoder/ and tokenizer/: CLIP, T5, BERT or GPT-2, kept frozen."""
-    scenes: Path | None = None
-    """The scenes' YAML file; the finished model then says what it knows."""
-    init_from: Path | None = None
-    """A model directory whose U-Net's weights the run starts from instead of random ones."""
-    scheduler: SchedulerConfig
-    """The noise schedule, and what the U-Net predicts."""
-    unet: UNetConfig
-    """The network."""
-    min_snr_gamma: float | None = Field(default=None, gt=0)
-    """gamma of the loss weights of Hang et al. (2023); none for uniform weights."""
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    cache: str | None = None
+    """The latent cache, written by training.cache_latents: a directory or any fsspec URL."""
+    images: LiveConfig | None = None
+    """Pictures to train on straight away, encoded in every step, in place of a cache."""
+    validation_cache: str | None = None
+    """A cache of held-out samples, whose loss is logged; none by default."""
+    validation_samples: int = Field(default=256, gt=0)
+    """How many of them, the first ones."""
+    train_text_encoder: bool = False
+    """Whether the text encoder learns along with the U-Net, or its LoRA does."""
+    lora: LoRAConfig | None = None
+    """Train a LoRA of this shape and nothing else; everything by default."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss and what is drawn for it."""
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     """What the sample grids show."""
     sample_guidance_scale: float = Field(default=4.0, ge=1)
-    """Guidance scale of the sample grids."""
+    """Guidance scale of the sample grids and of evaluations."""
+    evaluation_prompts: int = Field(default=64, gt=0)
+    """Scenes of each kind that an evaluation asks for."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DiffusionConfig:
+        if (self.cache is None) == (self.images is None):
+            raise ValueError("name either a cache or images to train on")
+        return self
+
+
+VALIDATION_SEED = 0
+"""Of what is drawn for held-out samples, in every run."""
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' name for it."""
 
 
 class DiffusionProgram:
@@ -67,132 +77,119 @@ class DiffusionProgram:
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self.cache = LatentCache(config.cache)
-        if len(self.cache) < config.batch_size:
-            raise InputError(
-                f"{config.cache} holds {len(self.cache)} samples, fewer than one batch of "
-                f"{config.batch_size}."
-            )
-        if self.cache.key.encoder != digest(config.autoencoder, *ENCODER_FILES):
-            raise InputError(
-                f"{config.cache} was not made with the autoencoder in {config.autoencoder}; make "
-                "the cache again or name its own autoencoder."
-            )
-        if self.cache.key.tokenizer != digest(config.text_encoder, TOKENIZER_FILE):
-            raise InputError(
-                f"{config.cache} was not made with the tokenizer in {config.text_encoder}; make "
-                "the cache again or name its own text encoder."
-            )
-        self.parts = assemble(config)
-        self.network = self.parts.unet
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.text_encoder = self.parts.text_encoder.requires_grad_(False).eval()
-        self.empty = self.text_encoder.tokenize([""])
-        gamma = config.min_snr_gamma
-        self.weighting = uniform if gamma is None else min_snr(gamma)
+        self.parts = parts = assemble(config)
+        self.latents: Latents
+        if config.cache is not None:
+            self.latents = CachedLatents(config.cache, parts, config.seed)
+        else:
+            assert config.images is not None
+            scanned = config.run_dir / "scan"
+            self.latents = LiveLatents(config.images, parts, config.seed, scanned)
+        self.held_out: Latents | None = None
+        if config.validation_cache is not None:
+            self.held_out = CachedLatents(config.validation_cache, parts, VALIDATION_SEED)
+        if config.evaluate_every and parts.vocabulary is None:
+            raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
+        self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
+        self.network = TextToLatents(parts, config.train_text_encoder)
+        if config.lora is not None:
+            attach(self.network, config.lora, config.seed)
+        if config.gradient_checkpointing:
+            self.network.checkpoint_gradients()
+        self.network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.empty = self.network.tokenize("")
         self.inputs = {
-            "latent cache": self.cache.key.digest,
-            "text encoder": digest(config.text_encoder, *TOWER_FILES),
+            "latents": self.latents.digest,
+            "text encoder": tensors_digest(parts.text_encoder.state_dict()),
         }
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
-        config = self.config
-        orders = step_orders(
-            config.seed, len(self.cache), config.batch_size, steps, rank, processes
-        )
-        for epoch, samples in orders:
-            yield epoch, samples, self.cache.read(samples)
+    @property
+    def unreadable(self) -> dict[int, str]:
+        return self.latents.unreadable
 
-    def losses(self, network: Callable[..., Any], batch: Any, device: torch.device) -> Losses:
-        epoch, samples, (mean, logvar, ids) = batch
-        seed, shape = self.config.seed, tuple(mean.shape[1:])
-        posterior_noise = keyed_normal(seed, "posterior", epoch, samples, shape)
-        x0 = Posterior(mean, logvar).sample(posterior_noise)
-        noise = keyed_normal(seed, "noise", epoch, samples, shape)
-        schedule = self.parts.schedule
-        timestep = (keyed_uniform(seed, "timestep", epoch, samples) * len(schedule.sigmas)).long()
-        dropped = keyed_uniform(seed, "caption", epoch, samples) < self.config.caption_dropout
-        ids = torch.where(dropped[:, None], self.empty, ids).to(device)
-        with torch.no_grad():
-            text = self.text_encoder.to(device).encode_ids(ids)
-        denoiser = Denoiser(network, schedule, self.parts.parameterization)
-        x0, noise = (
-            values.to(device).contiguous(memory_format=torch.channels_last)
-            for values in (x0, noise)
-        )
-        sigma = schedule.sigmas[timestep].to(device)
-        loss = diffusion_loss(denoiser, x0, sigma, noise, text, self.weighting)
-        return {"loss": loss.mean()}
+    def batches(self, steps: range, share: Share) -> Generator[list[Batch], None, None]:
+        return self.latents.batches(planned_orders(steps, self.plan, share))
+
+    def losses(self, forward: Callable[..., Any], batch: Batch, device: torch.device) -> StepLosses:
+        loss, position = self.loss_of(forward, batch, device, self.config.objective)
+        return StepLosses(loss.mean(), per_sample=loss.detach(), position=position)
+
+    def loss_of(
+        self,
+        forward: Callable[..., Any],
+        batch: Batch,
+        device: torch.device,
+        objective: ObjectiveConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each sample and its place on the noise schedule, in [0, 1): [B] and [B]."""
+        x0 = batch.x0(self.parts.autoencoder, device)
+        dropped = objective.dropped(batch.draw)
+        ids = torch.where(dropped[:, None, None], self.empty, batch.ids)
+        text = Text(ids.to(device), batch.sizes.to(device), dropped.to(device))
+        denoiser = Denoiser(forward, self.parts.schedule, self.parts.parameterization)
+        loss, timestep = objective.losses(denoiser, x0, batch.draw, text)
+        return loss, timestep / len(self.parts.schedule)
+
+    def validation(
+        self, forward: Callable[..., Any], device: torch.device, share: Share
+    ) -> tuple[float, int] | None:
+        """The plain loss on held-out samples with their captions, noise and timesteps being the
+        same each time: whole batches of them, validation_samples or some more.
+        """
+        if self.held_out is None:
+            return None
+        size, plain = self.config.batch_size, ObjectiveConfig(caption_dropout=0)
+        plan = Plan(VALIDATION_SEED, self.held_out.counts, size)
+        steps = range(min(plan.steps_per_epoch, -(-self.config.validation_samples // size)))
+        losses = [
+            self.loss_of(forward, batch, device, plain)[0]
+            for micro_batches in self.held_out.batches(planned_orders(steps, plan, share))
+            for batch in micro_batches
+        ]
+        return float(torch.cat(losses).sum()), sum(map(len, losses))
 
     def samples(self, device: torch.device) -> Image.Image:
         """The configured prompts, two seeds each, by the pipeline that users run."""
         prompts = list(self.config.sample_prompts)
+        seeds = list(range(2 * len(prompts)))
+        return grid(self.draw(prompts, seeds, device, 2), columns=12, scale=2)
+
+    def draw(
+        self, prompts: list[str], seeds: list[int], device: torch.device, each: int = 1
+    ) -> list[Image.Image]:
+        """`each` pictures of each prompt, with all networks on the device meanwhile."""
+        self.parts.autoencoder.to(device)
         pictures = TextToImage(self.parts).generate(
             prompts,
-            num_images_per_prompt=2,
+            num_images_per_prompt=each,
             guidance_scale=self.config.sample_guidance_scale,
-            seed=list(range(2 * len(prompts))),
+            seed=seeds,
         )
         assert isinstance(pictures, list)
-        return grid(pictures, columns=12, scale=2)
+        return pictures
+
+    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+        """Object accuracy on scenes, by kind: right objects, in place, background."""
+        vocabulary = self.parts.vocabulary
+        assert vocabulary is not None
+        judge, figures = Judge(vocabulary), {}
+        count = -(-self.config.evaluation_prompts // share.processes)
+        for kind in KINDS:
+            scenes = kind.scenes(vocabulary, count * share.processes)
+            numbers = range(share.rank, len(scenes), share.processes)
+            asked = [scenes[number] for number in numbers]
+            pictures = self.draw([prompt_for(scene) for scene in asked], list(numbers), device)
+            verdicts = judge.all(map(np.asarray, pictures), asked)
+            right = sum(verdict.in_place for verdict in verdicts)
+            figures[f"evaluation/{kind.name}"] = float(right), count
+        return figures
 
     def finish(self, directory: Path, device: torch.device) -> None:
-        save_model(self.parts, directory, torch.float16)
-
-
-def assemble(config: DiffusionConfig) -> ModelParts:
-    """The parts that a run trains and conditions on.
-
-    Raises InputError when a directory is missing or the parts do not fit one another.
-    """
-    for path in (config.autoencoder / "vae", config.text_encoder / "text_encoder"):
-        if not path.is_dir():
-            raise InputError(f"{path} is missing; train it first.")
-    autoencoder = Autoencoder(AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval())
-    text_encoder = load_text_encoder(config.text_encoder)
-    if config.unet.cross_attention_dim != text_encoder.hidden_size:
-        raise InputError(
-            f"unet.cross_attention_dim is {config.unet.cross_attention_dim}, but the text encoder "
-            f"is {text_encoder.hidden_size} wide; make them equal."
-        )
-    for name in ("in_channels", "out_channels"):
-        if getattr(config.unet, name) != autoencoder.latent_channels:
-            raise InputError(
-                f"unet.{name} is {getattr(config.unet, name)}, but the autoencoder's latents have "
-                f"{autoencoder.latent_channels} channels; make them equal."
-            )
-    with seeded(config.seed):
-        unet = UNet(config.unet)
-        open_to_text(unet)
-    if config.init_from is not None:
-        try:
-            unet.load_state_dict(load_model(config.init_from).unet.state_dict())
-        except RuntimeError:
-            raise InputError(
-                f"init_from, {config.init_from}, has a U-Net of another shape; make unet equal to "
-                "its unet/config.json."
-            ) from None
-    vocabulary = load_yaml(ScenesConfig, config.scenes) if config.scenes else None
-    return ModelParts(unet, autoencoder, text_encoder, config.scheduler, vocabulary)
-
-
-TEXT_GAIN = 2.0
-"""Gain of the values and outputs of cross-attention at the start."""
-
-
-@torch.no_grad()
-def open_to_text(unet: UNet) -> None:
-    """Initial weights: PyTorch's, but the prediction zero and cross-attention orthogonal and loud.
-
-    At first attention averages over all tokens, and what is left of one caption's difference from
-    another is small beside the features it is added to. Louder, it is learned from in half the
-    steps; so it is with residual branches that do not start at zero.
-    """
-    for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock):
-            for name in ("to_v.weight", "to_out.0.weight"):
-                nn.init.orthogonal_(module.attn2.get_parameter(name), TEXT_GAIN)
-    unet.conv_out.weight.zero_()
+        """A model directory; or the LoRA, one file in diffusers' naming."""
+        if self.config.lora is None:
+            save_model(self.parts, directory, torch.float16)
+        else:
+            save_lora(directory / LORA_FILE, self.network)
 
 
 def main() -> None:

@@ -4,126 +4,241 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from pydantic import BeforeValidator, Field
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from accelerate.utils import InitProcessGroupKwargs
 
-from latentdiff.config import Config, save_yaml
+from latentdiff.config import save_yaml
+from latentdiff.data.order import Share
 from latentdiff.errors import InputError
-from latentdiff.model_files import staged_directory
-from training import checkpoints
+from latentdiff.model_files import staged_directory, staged_file
+from training.checkpoints import Checkpointer, load
+from training.config import Program, RunConfig, StepLosses
 from training.ema import EMA
+from training.faults import STOPPED, Agreement, Unreadable, report_not_finite, stop_on_signals
+from training.flops import FlopMeter
+from training.monitor import Monitor
+from training.optimizers import make_optimizer
+from training.parallel import agreed, parallelize
+from training.report import write_report
 
-Precision = Annotated[
-    Literal["no", "bf16"],
-    BeforeValidator(lambda value: "no" if value is False else value),  # YAML reads no as false
-]
-
-
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019) with a warm-up, a plateau and a linear cooldown."""
-
-    learning_rate: float = Field(gt=0)
-    """The plateau's learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Decay of the first and second moments."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, of weight matrices and kernels only."""
-    warmup_steps: int = Field(default=100, ge=0)
-    """Steps of linear rise from zero."""
-    cooldown_steps: int = Field(default=0, ge=0)
-    """Steps of linear fall to zero before `max_steps`; zero keeps the plateau to the end."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
-
-    def rate(self, step: int, max_steps: int) -> float:
-        """The learning rate of optimizer step `step` (from 0), a function of nothing else."""
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        left = max_steps - step
-        fall = min(1.0, left / self.cooldown_steps) if self.cooldown_steps else 1.0
-        return self.learning_rate * min(rise, fall)
+LOST = timedelta(minutes=10)
+"""How long a process waits for another before it gives it up for lost."""
 
 
-class RunConfig(Config):
-    """What every training program has."""
-
-    run_dir: Path
-    """Logs, samples, checkpoints and the finished model go here; running again continues it."""
-    seed: int = Field(ge=0)
-    """Initial weights, order and noise are functions of it."""
-    max_steps: int = Field(gt=0)
-    """Optimizer steps in all, counted over all resumes."""
-    batch_size: int = Field(gt=0)
-    """Samples per optimizer step over all processes."""
-    checkpoint_every: int = Field(gt=0)
-    """Steps between checkpoints."""
-    checkpoints_kept: int = Field(default=2, gt=0)
-    """How many of the newest checkpoints stay on the disk."""
-    sample_every: int = Field(gt=0)
-    """Steps between sample grids, drawn from the averaged weights."""
-    log_every: int = Field(default=20, gt=0)
-    """Steps between lines in the log."""
-    mixed_precision: Precision = "no"
-    """Arithmetic of the network; weights stay fp32."""
-    compile: bool = False
-    """Compile the network (torch.compile): slower start, faster steps."""
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the averaged weights."""
-    optimizer: OptimizerConfig
-    """The optimizer and its learning rate."""
+def make_accelerator(config: RunConfig) -> Accelerator:
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not meet
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers),
+        project_dir=config.run_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LOST)],
+    )
 
 
-Losses = dict[str, Tensor]
+def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:
+    """Train `program.network` to `config.max_steps`, from the newest checkpoint if there is one.
+
+    Asked to stop by a signal it saves, and exits with faults.STOPPED. Raises InputError when the
+    run directory belongs to another network, data, seed or batch size, when the processes cannot
+    share a batch evenly, and when there is no compiler; NotFiniteError when a loss or a gradient is
+    not finite.
+    """
+    Run(program, config, accelerator).run()
 
 
-class Program(Protocol):
-    """What a training program hands to the loop."""
+class Run:
+    """One process's part of a run."""
 
-    @property
-    def network(self) -> nn.Module:
-        """What is trained."""
+    def __init__(self, program: Program, config: RunConfig, accelerator: Accelerator) -> None:
+        self.program, self.config, self.accelerator = program, config, accelerator
+        check_compiler(config, accelerator.device)
+        self.share = Share(
+            accelerator.process_index, accelerator.num_processes, config.micro_batch_size
+        )
+        self.share.check(config.batch_size)
+        self.meter = FlopMeter(program.network)
+        self.wrapped = parallelize(program.network, accelerator, config.mixed_precision)
+        self.optimizer = make_optimizer(program.network, config.optimizer)
+        self.prepared = accelerator.prepare_optimizer(self.optimizer)  # skips fp16's overflows
+        self.ema = EMA(program.network, config.ema_decays)
+        self.forward: Callable[..., Any] = self.wrapped.forward
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self.forward = self.meter.watch(self.forward)
+        self.checkpoints = Checkpointer(
+            config.run_dir / "checkpoints", config.checkpoints_kept, accelerator
+        )
+        self.start = self.resume()
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What it learns from, by name: digests that a resumed run must find again."""
+    def resume(self) -> int:
+        """Restore the newest checkpoint and return the steps that it has taken."""
+        saved = self.checkpoints.latest()
+        if saved is None:
+            return 0
+        program, config = self.program, self.config
+        state = load(saved, self.wrapped, self.ema, self.optimizer, self.accelerator.scaler)
+        known = state["inputs"]
+        if changed := [name for name in program.inputs if known.get(name) != program.inputs[name]]:
+            raise InputError(
+                f"{saved} learned from another {' and another '.join(changed)}; restore what "
+                "was there or choose another run_dir."
+            )
+        step: int = state["step"]
+        if (state["seed"], state["samples"]) != (config.seed, step * config.batch_size):
+            raise InputError(
+                f"{saved} was made with another seed or batch_size, whose order of samples "
+                "would not continue; restore them or choose another run_dir."
+            )
+        return step
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Any]:
-        """For each step, this process's slice of that step's batch."""
+    def run(self) -> None:
+        """From the first step, or the one after the newest checkpoint, to the finished model."""
+        config, accelerator = self.config, self.accelerator
+        model = config.run_dir / "model"
+        if self.start >= config.max_steps and agreed(accelerator, model.exists()):
+            accelerator.print(f"{config.run_dir} is finished: {model}")
+            return
+        if accelerator.is_main_process:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            save_yaml(config, config.run_dir / "config.yaml")
+        self.unreadable = Unreadable(config, accelerator)
+        with Monitor(config, accelerator, self.start, self.meter) as self.monitor:
+            try:
+                stopped = self.steps()
+            finally:
+                self.checkpoints.join()
+            self.checkpoints.wait()
+        # A gloo thread lets go of the last step's tensors under Python's lock. Let it do so now:
+        # the process group waits for it, with that lock in its hands, when this function ends.
+        accelerator.wait_for_everyone()
+        if stopped:
+            accelerator.print(f"stopped: the same command continues {config.run_dir}")
+            accelerator.end_training()
+            sys.exit(STOPPED)
+        self.finish(model)
+        accelerator.end_training()
 
-    def losses(self, network: Callable[..., Any], batch: Any, device: torch.device) -> Losses:
-        """Means over the slice, by name; "loss" is the one to descend."""
+    def steps(self) -> bool:
+        """Take every step that is left. Returns whether a signal stopped it before the last."""
+        config = self.config
+        steps = range(self.start, config.max_steps)
+        batches = self.program.batches(steps, self.share)
+        agreement = Agreement(self.accelerator)
+        with stop_on_signals() as asked, closing(batches):
+            for step, micro_batches in zip(steps, self.monitor.timed(batches), strict=True):
+                self.step(step, micro_batches)
+                done = step + 1
+                stop = agreement.tell(asked.asked) and done < config.max_steps
+                self.after(done, last=stop or done == config.max_steps)
+                if stop:
+                    return True
+        return False
 
-    def samples(self, device: torch.device) -> Image.Image:
-        """A picture of what the network can do; called with the averaged weights in it."""
+    def step(self, step: int, micro_batches: list[Any]) -> None:
+        """One optimizer step, number `step` from 0: Algorithm 1, lines 2 to 5, over the batch."""
+        config, accelerator, network = self.config, self.accelerator, self.program.network
+        share = 1 / len(micro_batches)
+        taken: list[StepLosses] = []
+        for number, batch in enumerate(micro_batches, 1):
+            waits = number < len(micro_batches)
+            with self.wrapped.no_sync() if waits else nullcontext():
+                losses = self.program.losses(self.forward, batch, accelerator.device)
+                accelerator.backward(losses.loss * share)
+            taken.append(losses)
+        accelerator.unscale_gradients(self.prepared)
+        norm = self.wrapped.clip_grad_norm(config.optimizer.max_grad_norm)
+        loss = torch.stack([losses.loss.detach() for losses in taken]).mean()
+        scaled = accelerator.scaler is not None  # fp16 skips steps whose gradients overflow
+        if not torch.isfinite(loss if scaled else loss + norm):
+            figures = {
+                "loss": [losses.loss.item() for losses in taken],
+                "per_sample": [
+                    losses.per_sample.tolist() for losses in taken if losses.per_sample is not None
+                ],
+                "grad_norm": float(norm),
+            }
+            raise report_not_finite(config, step, figures, network, accelerator.is_main_process)
+        rate = config.optimizer.rate(step, config.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+        self.prepared.step()
+        self.prepared.zero_grad(set_to_none=True)
+        self.ema.update(step + 1)
+        self.monitor.step(taken, norm, rate)
 
-    def finish(self, directory: Path, device: torch.device) -> None:
-        """Write the finished model; called once with the averaged weights in the network."""
+    def after(self, done: int, last: bool) -> None:
+        """What is due when `done` steps are taken: log, validate, evaluate, sample, save."""
+        config, accelerator = self.config, self.accelerator
+        if last or done % config.log_every == 0:
+            self.unreadable.update(self.program.unreadable)
+            self.monitor.log(done)
+        with self.monitor.pause():
+            if last or done % config.validation_interval == 0:
+                self.monitor.record(done, self.validation())
+            if config.evaluate_every and (last or done % config.evaluate_every == 0):
+                with self.ema.weights_in(), torch.no_grad():
+                    figures = self.program.evaluate(accelerator.device, self.share)
+                self.monitor.record(done, self.means(figures))
+            if last or done % config.sample_every == 0:
+                with self.ema.weights_in(), torch.no_grad():
+                    picture = self.program.samples(accelerator.device)
+                if accelerator.is_main_process:
+                    save_samples(picture, config.run_dir, done)
+            if last or done % config.checkpoint_every == 0:
+                self.save(done)
 
+    def save(self, done: int) -> None:
+        state = {
+            "seed": self.config.seed,
+            "samples": done * self.config.batch_size,
+            "inputs": self.program.inputs,
+        }
+        self.checkpoints.save(
+            done, self.wrapped, self.ema, self.optimizer, self.accelerator.scaler, state
+        )
+        if self.accelerator.is_main_process:
+            write_report(self.config.run_dir)
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Initial weights drawn inside the block are a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    def validation(self) -> dict[str, float]:
+        """Loss on held-out data of the weights and of each of their averages."""
+        program, device = self.program, self.accelerator.device
+        sums: dict[str, tuple[float, int]] = {}
+        with torch.no_grad():
+            if (own := program.validation(self.wrapped.forward, device, self.share)) is None:
+                return {}
+            sums["validation/loss"] = own
+            for index, decay in enumerate(self.config.ema_decays):
+                with self.ema.weights_in(index):
+                    averaged = program.validation(self.wrapped.forward, device, self.share)
+                assert averaged is not None
+                sums[f"validation/loss_ema_{decay}"] = averaged
+        return self.means(sums)
 
+    def means(self, sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+        """(sum, count) over each process's share -> means over all of them."""
+        device = self.accelerator.device
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64).reshape(-1, 2)
+        totals = self.accelerator.reduce(totals.float().to(device), "sum")
+        return {name: float(total[0] / total[1]) for name, total in zip(sums, totals, strict=True)}
 
-def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay falls on matrices and kernels, not on biases and norms."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    def finish(self, directory: Path) -> None:
+        """Write the finished model, with the first of the averages in it."""
+        accelerator = self.accelerator
+        with self.ema.weights_in(), self.wrapped.whole(), torch.no_grad():
+            if accelerator.is_main_process:
+                shutil.rmtree(directory, ignore_errors=True)
+                with staged_directory(directory) as staged:
+                    self.program.finish(staged, accelerator.device)
+        accelerator.wait_for_everyone()
+        accelerator.print(f"finished: {directory}")
 
 
 def check_compiler(config: RunConfig, device: torch.device) -> None:
@@ -136,122 +251,7 @@ def check_compiler(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:
-    """Train `program.network` to `config.max_steps`, from the newest checkpoint if there is one.
-
-    Raises InputError when the run directory belongs to another network, data, seed or batch size,
-    when the processes cannot share a batch evenly, and when there is no compiler;
-    FloatingPointError when the loss is no longer finite.
-    """
-    check_compiler(config, accelerator.device)
-    if config.batch_size % accelerator.num_processes:
-        raise InputError(
-            f"batch_size is {config.batch_size}, which {accelerator.num_processes} processes "
-            "cannot share evenly; choose a multiple of their number."
-        )
-    model_dir = config.run_dir / "model"
-    folder = config.run_dir / "checkpoints"
-    network = program.network
-    optimizer = make_optimizer(network, config.optimizer)
-    wrapped, prepared = accelerator.prepare(network, optimizer)
-    ema = EMA(network, config.ema_decay)
-    start = 0
-    if saved := checkpoints.complete(folder):
-        state = checkpoints.load(saved[-1], network, ema, optimizer)
-        start = state["step"]
-        known = state.get("inputs", {})
-        if changed := [name for name in program.inputs if known.get(name) != program.inputs[name]]:
-            raise InputError(
-                f"{saved[-1]} learned from another {' and another '.join(changed)}; restore what "
-                "was there or choose another run_dir."
-            )
-        if (state["seed"], state["samples"]) != (config.seed, start * config.batch_size):
-            raise InputError(
-                f"{saved[-1]} was made with another seed or batch_size, whose order of samples "
-                "would not continue; restore them or choose another run_dir."
-            )
-    if start >= config.max_steps and model_dir.exists():
-        accelerator.print(f"{config.run_dir} is finished: {model_dir}")
-        return
-    if accelerator.is_main_process:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, config.run_dir / "config.yaml")
-    accelerator.init_trackers("logs")
-    forward = torch.compile(wrapped) if config.compile else wrapped
-    bar = tqdm(
-        total=config.max_steps * config.batch_size,
-        initial=start * config.batch_size,
-        unit="images",
-        unit_scale=True,
-        dynamic_ncols=True,
-        smoothing=0.05,
-        disable=not accelerator.is_main_process,
-    )
-    steps = range(start, config.max_steps)
-    batches = program.batches(steps, accelerator.process_index, accelerator.num_processes)
-    for step, batch in zip(steps, batches, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.rate(step, config.max_steps)
-        losses = program.losses(forward, batch, accelerator.device)
-        accelerator.backward(losses["loss"])
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
-        done = step + 1
-        ema.update(network, done)
-        bar.update(config.batch_size)
-        save = done % config.checkpoint_every == 0 or done == config.max_steps
-        if save or done % config.log_every == 0:
-            figures = _figures(losses, norm, accelerator)
-            figures["learning_rate"] = config.optimizer.rate(step, config.max_steps)
-            accelerator.log(figures, step=done)
-            bar.set_postfix({name: f"{figures[name]:.4f}" for name in losses}, refresh=False)
-            if not all(value == value and abs(value) != float("inf") for value in figures.values()):
-                raise FloatingPointError(
-                    f"The loss or its gradient is not finite at step {done}: {figures}. The last "
-                    f"checkpoint in {folder} is from before; lower the learning rate."
-                )
-        if not accelerator.is_main_process:
-            continue
-        if done % config.sample_every == 0 or done == config.max_steps:
-            with ema.weights_in(network), torch.no_grad():
-                _save_samples(program.samples(accelerator.device), config.run_dir, done)
-        if save:
-            state = {
-                "seed": config.seed,
-                "samples": done * config.batch_size,
-                "inputs": program.inputs,
-            }
-            checkpoints.save(folder, done, network, ema, optimizer, state, config.checkpoints_kept)
-    bar.close()
-    # A gloo thread lets go of the last step's tensors under Python's lock. Let it do so now: the
-    # process group waits for it, with that lock in its hands, when this function ends.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(model_dir, ignore_errors=True)
-        with ema.weights_in(network), torch.no_grad(), staged_directory(model_dir) as directory:
-            program.finish(directory, accelerator.device)
-        accelerator.print(f"finished: {model_dir}")
-    accelerator.end_training()
-
-
-def _figures(losses: Losses, norm: Tensor | None, accelerator: Accelerator) -> dict[str, float]:
-    """The losses as means over the processes, and this step's gradient norm before clipping."""
-    means = {name: accelerator.reduce(value.detach(), "mean") for name, value in losses.items()}
-    figures = {name: float(value) for name, value in means.items()}
-    return figures if norm is None else figures | {"grad_norm": float(norm)}
-
-
-def _save_samples(picture: Image.Image, run_dir: Path, step: int) -> None:
-    folder = run_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"step-{step:06d}.png")
-
-
-def make_accelerator(config: RunConfig) -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not meet
-        mixed_precision=config.mixed_precision,
-        log_with="tensorboard",
-        project_dir=config.run_dir,
-    )
+def save_samples(picture: Any, run_dir: Path, step: int) -> None:
+    """run_dir/samples/step-NNNNNN.png."""
+    with staged_file(run_dir / "samples" / f"step-{step:06d}.png") as path:
+        picture.save(path, "PNG")

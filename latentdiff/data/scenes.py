@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from latentdiff.config import Config
-from latentdiff.data.sprites import load_sprites
+from latentdiff.data.sprites import SPRITES_FILE, load_sprites
 from latentdiff.errors import InputError
 
 Relation = Literal["left", "right", "above", "below"]
@@ -158,6 +158,12 @@ class EmojiScenes:
         self._drawn: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         self._near: dict[str, list[str]] = {}
         self._checked: set[int] = set()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the scenes are a function of: configuration, split and sprites."""
+        words = f"{self.config.model_dump_json()}|{self.split}|".encode()
+        return hashlib.sha256(words + SPRITES_FILE.read_bytes()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """image: uint8 array [H, W, 3]; caption: str."""

@@ -17,12 +17,14 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from latentdiff.checkpoint import load_model
 from latentdiff.data.cache import LatentCache
+from latentdiff.data.order import Share
 from latentdiff.errors import InputError
 from latentdiff.models.blocks import BasicTransformerBlock
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
-from training.diffusion import TEXT_GAIN
-from training.loop import seeded
+from training.assemble import TEXT_GAIN
+from training.config import seeded
+from training.network import Text
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def program(tiny_chain: Any) -> Any:
     """Every weight random, so that noise, timestep and caption all show in the loss."""
-    program = tiny_chain.program("diffusion", caption_dropout=0.5)
+    program = tiny_chain.program("diffusion", objective__caption_dropout=0.5)
     with seeded(0), torch.no_grad():
         for parameter in program.network.parameters():
             if parameter.dim() > 1:
@@ -39,13 +41,14 @@ def program(tiny_chain: Any) -> Any:
 
 
 def batch(program: Any, epoch: int, samples: list[int]) -> Any:
-    return epoch, samples, program.cache.read(samples)
+    return program.latents.read(epoch, samples)
 
 
 def loss(program: Any, epoch: int, samples: list[int]) -> float:
     with torch.no_grad():
         losses = program.losses(program.network, batch(program, epoch, samples), CPU)
-    return losses["loss"].item()
+    assert losses.per_sample.mean().item() == pytest.approx(losses.loss.item())
+    return losses.loss.item()
 
 
 # The loss
@@ -61,7 +64,7 @@ def test_a_samples_loss_does_not_depend_on_its_batch(program: Any) -> None:
 
 
 def test_a_samples_loss_depends_on_seed_and_epoch(tiny_chain: Any, program: Any) -> None:
-    other = tiny_chain.program("diffusion", caption_dropout=0.5, seed=1)
+    other = tiny_chain.program("diffusion", objective__caption_dropout=0.5, seed=1)
     other.network.load_state_dict(program.network.state_dict())
     losses = {
         loss(program, 0, [3]),
@@ -81,13 +84,14 @@ def test_the_loss_is_diffusers_training_example(
     """add_noise, predict, compare with the target, weigh by min-SNR: as diffusers' script does."""
     mine = tiny_chain.program(
         "diffusion",
-        caption_dropout=0,
-        min_snr_gamma=gamma,
+        objective__caption_dropout=0,
+        objective__min_snr_gamma=gamma,
         scheduler__prediction_type=prediction_type,
     )
     mine.network.load_state_dict(program.network.state_dict())
     samples = [1, 2, 3, 4]
-    epoch, _, (mean, logvar, ids) = batch(mine, 7, samples)
+    records = batch(mine, 7, samples)
+    mean, logvar = records.moments.mean, records.moments.logvar
     shape = tuple(mean.shape[1:])
     scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -99,15 +103,15 @@ def test_the_loss_is_diffusers_training_example(
     noise = keyed_normal(0, "noise", 7, samples, shape)
     t = (keyed_uniform(0, "timestep", 7, samples) * 1000).long()
     with torch.no_grad():
-        text = mine.text_encoder.encode_ids(ids)
-        predicted = mine.network(scheduler.add_noise(x0, noise, t), t.float(), text)
+        text = mine.parts.text_encoder.encode_ids(records.ids[:, 0])
+        predicted = mine.parts.unet(scheduler.add_noise(x0, noise, t), t.float(), text)
     velocity = prediction_type == "v_prediction"
     target = scheduler.get_velocity(x0, noise, t) if velocity else noise
     errors = (predicted - target).square().mean(dim=(1, 2, 3))
     if gamma != "null":
         snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
         errors *= snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
-    assert loss(mine, epoch, samples) == pytest.approx(errors.mean().item(), rel=2e-3)
+    assert loss(mine, 7, samples) == pytest.approx(errors.mean().item(), rel=2e-3)
 
 
 def test_every_timestep_is_drawn_alike(program: Any) -> None:
@@ -124,10 +128,10 @@ def test_every_timestep_is_drawn_alike(program: Any) -> None:
     assert (counts - 320.0).square().sum() / 320 < 9 + 5 * math.sqrt(18)  # chi-squared
 
 
-def spy(look: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]:
+def spy(look: Callable[[Tensor, Tensor, Text], None]) -> Callable[..., Tensor]:
     """A network that predicts zero and shows what it was given."""
 
-    def network(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def network(x: Tensor, timestep: Tensor, text: Text) -> Tensor:
         look(x, timestep, text)
         return torch.zeros_like(x)
 
@@ -140,18 +144,14 @@ def spy(look: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]
 def dropped(program: Any, epoch: int) -> Tensor:
     """[32] bool: whose caption became the empty one."""
     found: list[Tensor] = []
-    empty = program.text_encoder.encode_ids(program.empty)
-    program.losses(
-        spy(lambda x, t, text: found.append((text - empty).abs().amax(dim=(1, 2)) < 1e-5)),
-        batch(program, epoch, list(range(32))),
-        CPU,
-    )
+    network = spy(lambda x, t, text: found.append((text.ids == program.empty).all(dim=(1, 2))))
+    program.losses(network, batch(program, epoch, list(range(32))), CPU)
     return found[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_in_their_share(tiny_chain: Any, share: float) -> None:
-    program = tiny_chain.program("diffusion", caption_dropout=share)
+    program = tiny_chain.program("diffusion", objective__caption_dropout=share)
     drops = torch.stack([dropped(program, epoch) for epoch in range(60)])
     count = drops.numel()
     spread = 5 * math.sqrt(share * (1 - share) / count)
@@ -164,11 +164,14 @@ def test_captions_are_dropped_in_their_share(tiny_chain: Any, share: float) -> N
 
 
 def test_the_text_tower_stays_as_it_is(program: Any) -> None:
-    assert not any(p.requires_grad for p in program.text_encoder.parameters())
-    assert not program.text_encoder.training
-    program.losses(program.network, batch(program, 0, [0, 1]), CPU)["loss"].backward()
-    assert all(p.grad is None for p in program.text_encoder.parameters())
-    assert all(p.grad is not None for p in program.network.parameters())
+    text_encoder, unet = program.parts.text_encoder, program.parts.unet
+    program.network.train()
+    assert not any(p.requires_grad for p in text_encoder.parameters())
+    assert not text_encoder.training
+    assert unet.training
+    program.losses(program.network, batch(program, 0, [0, 1]), CPU).loss.backward()
+    assert all(p.grad is None for p in text_encoder.parameters())
+    assert all(p.grad is not None for p in unet.parameters())
     program.network.zero_grad()
 
 
@@ -176,8 +179,8 @@ def test_the_text_tower_stays_as_it_is(program: Any) -> None:
 
 
 def test_it_starts_from_zero_and_by_the_seed(tiny_chain: Any) -> None:
-    first, second = (tiny_chain.program("diffusion").network for _ in range(2))
-    other = tiny_chain.program("diffusion", seed=1).network
+    first, second = (tiny_chain.program("diffusion").parts.unet for _ in range(2))
+    other = tiny_chain.program("diffusion", seed=1).parts.unet
     for name, value in first.state_dict().items():
         assert value.equal(second.state_dict()[name])
     assert not first.conv_in.weight.equal(other.conv_in.weight)
@@ -195,14 +198,15 @@ def test_it_starts_from_zero_and_by_the_seed(tiny_chain: Any) -> None:
 def test_it_can_start_from_a_finished_model(tiny_chain: Any, tmp_path: Path) -> None:
     first = tiny_chain.program("diffusion")
     with seeded(3), torch.no_grad():
-        for parameter in first.network.parameters():
+        for parameter in first.parts.unet.parameters():
             parameter += torch.randn_like(parameter)
     first.finish(tmp_path / "model", CPU)
     program = tiny_chain.program("diffusion", init_from=tmp_path / "model", seed=9)
     saved = load_model(tmp_path / "model").unet.state_dict()
-    for name, value in program.network.state_dict().items():
+    for name, value in program.parts.unet.state_dict().items():
         assert value.equal(saved[name].float())
-        torch.testing.assert_close(value, first.network.state_dict()[name], atol=1e-3, rtol=1e-3)
+        trained = first.parts.unet.state_dict()[name]
+        torch.testing.assert_close(value, trained, atol=1e-3, rtol=1e-3)
         assert value.dtype == torch.float32
 
 
@@ -224,10 +228,10 @@ def test_it_can_start_from_a_finished_model(tiny_chain: Any, tmp_path: Path) -> 
             {"unet__out_channels": 8},
             "unet.out_channels is 8, but the autoencoder's latents have 4 channels",
         ),
-        ({"batch_size": 33}, "holds 32 samples, fewer than one batch of 33"),
+        ({"batch_size": 33}, "fewer than one batch of 33|fills a batch"),
         ({"cache": "absent"}, "absent holds no finished latent cache"),
-        ({"autoencoder": "absent"}, "absent/vae/.* is missing; train it first"),
-        ({"text_encoder": "absent"}, "absent/tokenizer/.* is missing; train it first"),
+        ({"autoencoder": "absent"}, "absent/vae is missing; train it first"),
+        ({"text_encoder": "absent"}, "absent/text_encoder is missing; train it first"),
         ({"init_from": "absent"}, "no model directory at absent"),
     ],
 )
@@ -240,7 +244,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_start_of_another_shape_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
     tiny_chain.program("diffusion").finish(tmp_path / "model", CPU)
-    with pytest.raises(InputError, match=r"init_from.* another shape"):
+    with pytest.raises(InputError, match=r"init_from.* another U-Net"):
         tiny_chain.program(
             "diffusion", init_from=tmp_path / "model", unet__block_out_channels="[16, 48]"
         )
@@ -251,7 +255,7 @@ def test_another_autoencoder_than_the_caches_is_refused(tiny_chain: Any, tmp_pat
     with torch.no_grad():
         vae.quant_conv.bias += 1
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(InputError, match="was not made with the autoencoder in"):
+    with pytest.raises(InputError, match="was not made with this autoencoder"):
         tiny_chain.program("diffusion", autoencoder=tmp_path)
 
 
@@ -259,7 +263,7 @@ def test_another_tokenizer_than_the_caches_is_refused(tiny_chain: Any, tmp_path:
     shutil.copytree(tiny_chain.run_dir("clip") / "model", tmp_path / "model")
     path = tmp_path / "model" / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(InputError, match="was not made with the tokenizer in"):
+    with pytest.raises(InputError, match="was not made with this text encoder's tokenizer"):
         tiny_chain.program("diffusion", text_encoder=tmp_path / "model")
 
 
@@ -268,15 +272,20 @@ def test_another_tokenizer_than_the_caches_is_refused(tiny_chain: Any, tmp_path:
 
 def test_batches_are_records_of_the_cache_whatever_the_processes(program: Any) -> None:
     latents = LatentCache(program.config.cache)
-    whole = list(program.batches(range(10), 0, 1))
-    assert [epoch for epoch, _, _ in whole] == [0] * 8 + [1] * 2
-    for (epoch, samples, records), *shares in zip(
-        whole, *(program.batches(range(10), rank, 2) for rank in range(2)), strict=True
+    whole = [batch for (batch,) in program.batches(range(10), Share(0, 1))]
+    assert [batch.epoch for batch in whole] == [0] * 8 + [1] * 2
+    for batch, *shares in zip(
+        whole, *(program.batches(range(10), Share(rank, 2, 1)) for rank in range(2)), strict=True
     ):
-        for mine, theirs in zip(records, latents.read(samples), strict=True):
-            assert mine.equal(theirs)
-        assert {share[0] for share in shares} == {epoch}
-        assert sorted(sample for share in shares for sample in share[1]) == sorted(samples)
+        records = latents.read(batch.samples)
+        assert batch.moments.mean.equal(records.mean)
+        assert batch.ids.equal(records.ids)
+        parts = [part for share in shares for part in share]
+        assert {part.epoch for part in parts} == {batch.epoch}
+        assert sorted(part.samples[0] for part in parts) == sorted(batch.samples)
+        noise = dict(zip(batch.samples, batch.draw("noise", (2, 2)), strict=True))
+        for part in parts:
+            assert part.draw("noise", (2, 2))[0].equal(noise[part.samples[0]])
 
 
 # Other text encoders

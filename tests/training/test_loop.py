@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from latentdiff.config import load_config, load_yaml, save_yaml
+from latentdiff.data.order import Plan, Share
 from latentdiff.errors import InputError
 from latentdiff.rng import keyed_normal
 from training import loop
-from training.data import endless_orders
-from training.loop import (
-    Losses,
-    OptimizerConfig,
-    RunConfig,
-    check_compiler,
-    make_accelerator,
-    make_optimizer,
-    seeded,
-)
+from training.config import RunConfig, StepLosses, seeded
+from training.data import planned_orders
+from training.faults import STOPPED, NotFiniteError
+from training.loop import check_compiler, make_accelerator
+from training.optimizers import OptimizerConfig
 
 STEPS = 12
 
@@ -48,7 +43,7 @@ def config(run_dir: Path, **values: Any) -> RunConfig:
             "checkpoint_every": 2,
             "sample_every": 4,
             "log_every": 3,
-            "ema_decay": 0.7,
+            "ema_decays": (0.7, 0.9),
             "optimizer": OptimizerConfig(
                 learning_rate=0.01,
                 weight_decay=0.1,
@@ -67,20 +62,39 @@ class Denoising:
     def __init__(self, config: RunConfig, width: int = 5) -> None:
         self.config, self.finished = config, 0
         self.inputs = {"noise": "a", "text encoder": "b"}
+        self.unreadable: dict[int, str] = {}
         with seeded(config.seed):
             self.network = nn.Sequential(
                 nn.Conv2d(2, width, 3, padding=1), nn.GroupNorm(1, width), nn.Conv2d(width, 2, 1)
             )
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Tensor]:
-        for samples in endless_orders(steps, self.config.batch_size, rank, processes):
-            yield keyed_normal(self.config.seed, "noise", 0, samples, (2, 8, 8))
+    def batches(self, steps: range, share: Share) -> Iterator[list[Tensor]]:
+        plan = Plan(self.config.seed, [20, 9], self.config.batch_size)  # 3 + 1 batches an epoch
+        for epoch, micro_batches in planned_orders(steps, plan, share):
+            yield [self.batch(epoch, samples) for samples in micro_batches]
 
-    def losses(self, network: Callable[..., Any], batch: Tensor, device: torch.device) -> Losses:
+    def batch(self, epoch: int, samples: list[int]) -> Tensor:
+        return keyed_normal(self.config.seed, "noise", epoch, samples, (2, 8, 8))
+
+    def losses(
+        self, forward: Callable[..., Any], batch: Tensor, device: torch.device
+    ) -> StepLosses:
         batch = batch.contiguous(memory_format=torch.channels_last)
-        loss = (network(batch) - batch / 2).square().mean()
-        return {"loss": loss, "twice": 2 * loss.detach()}
+        loss = (forward(batch) - batch / 2).square().mean(dim=(1, 2, 3))
+        position = torch.linspace(0, 0.99, len(batch))
+        return StepLosses(loss.mean(), {"twice": 2 * loss.mean().detach()}, loss.detach(), position)
+
+    def validation(
+        self, forward: Callable[..., Any], device: torch.device, share: Share
+    ) -> tuple[float, int] | None:
+        losses = self.losses(forward, self.batch(0, [-1, -2, -3]), device)
+        return 3 * float(losses.loss), 3
+
+    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+        assert not self.network.training
+        weight = self.network[0].get_parameter("weight")
+        return {"evaluation/weight": (float(weight.sum()), weight.numel())}
 
     def samples(self, device: torch.device) -> Image.Image:
         assert not self.network.training
@@ -108,28 +122,6 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 
-# The learning rate
-
-
-@settings(deadline=None)
-@given(st.floats(1e-6, 1), st.integers(0, 30), st.integers(0, 30), st.integers(0, 60))
-def test_the_rate_is_a_trapezium(rate: float, warmup: int, cooldown: int, plateau: int) -> None:
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_steps=warmup, cooldown_steps=cooldown)
-    steps = warmup + plateau + cooldown + 1
-    corners = {-1: 0.0} if warmup else {}
-    corners |= {warmup - 1: rate, steps - cooldown: rate}
-    corners |= {steps: 0.0} if cooldown else {}
-    expected = np.interp(range(steps), list(corners), list(corners.values()))
-    rates = [optimizer.rate(step, steps) for step in range(steps)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-9)
-    assert all(0 < value <= rate for value in rates)
-
-
-def test_a_short_run_takes_the_lower_of_rise_and_fall() -> None:
-    optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=4, cooldown_steps=4)
-    assert [optimizer.rate(step, 4) for step in range(4)] == [0.25, 0.5, 0.5, 0.25]
-
-
 # The arithmetic
 
 
@@ -139,8 +131,8 @@ def test_the_loop_is_adamw_with_clipped_gradients(tmp_path: Path) -> None:
     network = Denoising(config(tmp_path)).network.to(torch.float64)
     moments = {name: (0.0, 0.0) for name, _ in network.named_parameters()}
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
-    for step, batch in enumerate(program.batches(range(STEPS), 0, 1)):
-        loss = program.losses(network, batch.double(), torch.device("cpu"))["loss"]
+    for step, (batch,) in enumerate(program.batches(range(STEPS), Share(0, 1))):
+        loss = program.losses(network, batch.double(), torch.device("cpu")).loss
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
         scale = min(1.0, 0.5 / norm)
@@ -163,17 +155,6 @@ def test_the_loop_is_adamw_with_clipped_gradients(tmp_path: Path) -> None:
     model = load_file(tmp_path / "model" / "network.safetensors")
     for name, value in model.items():
         torch.testing.assert_close(value.double(), average[name], **close)
-
-
-def test_weight_decay_spares_biases_norms_and_frozen_weights() -> None:
-    network = Denoising(config(Path("unused"))).network
-    network[2].weight.requires_grad_(False)
-    options = OptimizerConfig(learning_rate=0.1, weight_decay=0.3)
-    decayed, spared = make_optimizer(network, options).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
-    assert {id(p) for p in decayed["params"]} == {id(network[0].weight)}
-    rest = (network[0].bias, network[1].weight, network[1].bias, network[2].bias)
-    assert {id(p) for p in spared["params"]} == {id(p) for p in rest}
 
 
 def test_seeded_weights_leave_the_global_generator_alone() -> None:
@@ -216,26 +197,62 @@ class Mortal(Denoising):
         super().__init__(config)
         self.fatal = fatal
 
-    def batches(self, steps: range, rank: int, processes: int) -> Iterator[Tensor]:
-        batches = super().batches(steps, rank, processes)
+    def batches(self, steps: range, share: Share) -> Iterator[list[Tensor]]:
+        batches = super().batches(steps, share)
         yield from itertools.islice(batches, max(0, self.fatal - steps.start))
         raise Killed
 
 
-@pytest.mark.parametrize("stops", [(1,), (2,), (7,), (11,), (3, 4, 8)])
+@pytest.mark.parametrize("stops", [*((k,) for k in range(1, STEPS)), (3, 4, 8), (5, 5, 5)], ids=str)
 def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(
     tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    whole = train(Denoising(config(tmp_path / "whole")))
+    """With accumulation, across the ends of epochs, at every step and more than once."""
+    options = {"micro_batch_size": 2, "checkpoint_every": 1}
+    whole = train(Denoising(config(tmp_path / "whole", **options)))
     for stop in stops:
         with pytest.raises(Killed):
-            train(Mortal(config(tmp_path / "parts"), stop))
+            train(Mortal(config(tmp_path / "parts", **options), stop))
         assert not (tmp_path / "parts" / "model").exists()
-    parts = train(Denoising(config(tmp_path / "parts")))
+        assert last(tmp_path / "parts").name == f"step-{stop:06d}"
+    parts = train(Denoising(config(tmp_path / "parts", **options)))
     for name, value in whole.weights().items():
         assert value.equal(parts.weights()[name])
     assert contents(last(tmp_path / "parts")) == contents(last(tmp_path / "whole"))
     assert contents(tmp_path / "parts" / "model") == contents(tmp_path / "whole" / "model")
+
+
+class Told(Denoising):
+    """Is told to stop by the batch system while step `fatal` is taken."""
+
+    fatal = 5
+
+    def batches(self, steps: range, share: Share) -> Iterator[list[Tensor]]:
+        for step, micro_batches in zip(steps, super().batches(steps, share), strict=True):
+            if step == self.fatal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield micro_batches
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    whole = train(Denoising(config(tmp_path / "whole", checkpoint_every=100)))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train(Told(config(tmp_path / "parts", checkpoint_every=100)))
+    assert stopped.value.code == STOPPED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert last(tmp_path / "parts").name == "step-000006"
+    assert not (tmp_path / "parts" / "model").exists()
+    parts = train(Denoising(config(tmp_path / "parts", checkpoint_every=100)))
+    assert contents(last(tmp_path / "parts")) == contents(last(tmp_path / "whole"))
+    assert whole.finished == parts.finished == 1
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    whole = train(Denoising(config(tmp_path / "whole")))
+    pieces = train(Denoising(config(tmp_path / "pieces", micro_batch_size=2)))
+    for name, value in whole.weights().items():
+        torch.testing.assert_close(value, pieces.weights()[name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -270,7 +287,7 @@ def test_no_mixed_precision_can_be_said_as_the_help_says_it(tmp_path: Path) -> N
         assert load_config(
             RunConfig, ["--config", str(file), "--mixed_precision", value]
         ) == config(tmp_path, mixed_precision=value)
-    with pytest.raises(InputError, match="mixed_precision: Input should be 'no' or 'bf16'"):
+    with pytest.raises(InputError, match="mixed_precision: Input should be 'no', 'bf16' or 'fp16'"):
         load_config(RunConfig, ["--config", str(file), "--mixed_precision", "yes"])
 
 
@@ -308,11 +325,13 @@ class Exploding(Denoising):
         super().__init__(config)
         self.factor, self.calls = factor, itertools.count()
 
-    def losses(self, network: Callable[..., Any], batch: Tensor, device: torch.device) -> Losses:
-        losses = super().losses(network, batch, device)
-        if next(self.calls) >= 7:
-            zero = losses["loss"] - losses["loss"].detach()
-            losses["loss"] = losses["loss"] + self.factor * zero
+    def losses(
+        self, forward: Callable[..., Any], batch: Tensor, device: torch.device
+    ) -> StepLosses:
+        losses = super().losses(forward, batch, device)
+        if torch.is_grad_enabled() and next(self.calls) >= 7:
+            zero = losses.loss - losses.loss.detach()
+            losses = dataclasses.replace(losses, loss=losses.loss + self.factor * zero)
         return losses
 
 
@@ -322,9 +341,16 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(
     tmp_path: Path, factor: float, log_every: int, every: int
 ) -> None:
     options = config(tmp_path, log_every=log_every, checkpoint_every=every)
-    with pytest.raises(FloatingPointError, match=r"not finite at step 8.*lower the learning rate"):
-        train(Exploding(options, factor))
+    program = Exploding(options, factor)
+    with pytest.raises(NotFiniteError, match=r"not finite at step 7.*Lower the learning rate"):
+        train(program)
     assert not (tmp_path / "model").exists()
+    fault = json.loads((tmp_path / "fault.json").read_text())
+    assert fault["step"] == 7
+    names = [name for name, _ in program.network.named_parameters()]
+    assert fault["gradients_not_finite"] == names
+    for name, value in program.network.named_parameters():
+        assert value.isfinite().all(), name  # the step was not taken
     assert last(tmp_path).name == f"step-{7 // every * every:06d}"
     for name in ("network.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert all(value.isfinite().all() for value in load_file(last(tmp_path) / name).values())
@@ -344,12 +370,14 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_leaves_its_config_logs_samples_checkpoints_and_model(tmp_path: Path) -> None:
-    options = config(tmp_path)
+    options = config(tmp_path, evaluate_every=6)
     train(Denoising(options))
     assert sorted(os.listdir(tmp_path)) == [
         "checkpoints",
         "config.yaml",
+        "index.html",
         "logs",
+        "metrics.jsonl",
         "model",
         "samples",
     ]
@@ -359,15 +387,65 @@ def test_a_run_leaves_its_config_logs_samples_checkpoints_and_model(tmp_path: Pa
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000010", "step-000012"]
     state = json.loads((last(tmp_path) / "state.json").read_text())
     inputs = {"noise": "a", "text encoder": "b"}
-    assert state == {"step": 12, "samples": 72, "seed": 3, "inputs": inputs}
+    assert state == {"step": 12, "samples": 72, "seed": 3, "inputs": inputs, "scaler": None}
 
     log = EventAccumulator(str(tmp_path / "logs"))
     log.Reload()
-    assert {"loss", "twice", "grad_norm", "learning_rate"} <= set(log.Tags()["scalars"])
+    tags = set(log.Tags()["scalars"])
+    assert {"loss", "twice", "grad_norm", "learning_rate", "loss_at/0.0", "loss_at/0.9"} <= tags
     losses = {event.step: event.value for event in log.Scalars("loss")}
-    assert list(losses) == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert list(losses) == [3, 6, 9, 12]
     twice = {event.step: event.value for event in log.Scalars("twice")}
     assert twice == pytest.approx({step: 2 * value for step, value in losses.items()})
     rates = [event.value for event in log.Scalars("learning_rate")]
     expected = [options.optimizer.rate(step - 1, STEPS) for step in losses]
     assert rates == pytest.approx(expected)
+    for name, steps in {
+        "validation/loss": [4, 8, 12],
+        "validation/loss_ema_0.7": [4, 8, 12],
+        "validation/loss_ema_0.9": [4, 8, 12],
+        "evaluation/weight": [6, 12],
+    }.items():
+        assert [event.step for event in log.Scalars(name)] == steps, name
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(tmp_path: Path) -> None:
+    """And the loss on held-out data is that of the weights as they stand, and of each average."""
+    program = Denoising(config(tmp_path / "a", log_every=1))
+    train(program)
+    train(Denoising(config(tmp_path / "b", log_every=4)))
+    single, four = (
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in "ab"
+    )
+    means = [sum(single[first : first + 4]) / 4 for first in range(0, STEPS, 4)]
+    assert four == pytest.approx(means, rel=1e-6)
+    shown = [line for line in metrics(tmp_path / "a") if "validation/loss" in line][-1]
+    with torch.no_grad():
+        own = program.validation(program.network, torch.device("cpu"), Share())
+        model = load_file(tmp_path / "a" / "model" / "network.safetensors")
+        program.network.load_state_dict(model)
+        averaged = program.validation(program.network, torch.device("cpu"), Share())
+    assert own is not None
+    assert averaged is not None
+    assert shown["validation/loss"] == pytest.approx(own[0] / 3)
+    assert shown["validation/loss_ema_0.7"] == pytest.approx(averaged[0] / 3)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_unreadable_samples_are_listed_and_too_many_stop_it(tmp_path: Path) -> None:
+    program = Denoising(config(tmp_path, max_unreadable=2))
+    program.unreadable = {7: "damaged", 3: "too many pixels"}
+    train(program)
+    listed = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").open()]
+    assert listed == [
+        {"sample": 3, "reason": "too many pixels"},
+        {"sample": 7, "reason": "damaged"},
+    ]
+    again = Denoising(config(tmp_path, max_unreadable=2, max_steps=STEPS + 4))
+    again.unreadable = {7: "damaged", 9: "damaged"}
+    with pytest.raises(InputError, match="3 samples cannot be read, more than max_unreadable, 2"):
+        train(again)
+    assert len((tmp_path / "unreadable.jsonl").read_text().splitlines()) == 3

@@ -1,0 +1,183 @@
+"""Where training.diffusion takes latents from: a cache, or pictures encoded in every step."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import os
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from latentdiff.checkpoint import ModelParts
+from latentdiff.config import Config
+from latentdiff.data.buckets import SizesConfig
+from latentdiff.data.cache import LatentCache
+from latentdiff.data.images import SourceConfig, open_source
+from latentdiff.data.live import LiveImages
+from latentdiff.data.order import substitute
+from latentdiff.data.store import Store
+from latentdiff.data.tokens import tokenizers_digest
+from latentdiff.errors import InputError
+from latentdiff.models.autoencoder import Autoencoder, Posterior
+from latentdiff.rng import keyed_normal, keyed_uniform
+from training.data import StepOrder, loader, prefetch, to_network
+from training.encoder import encoder_digest
+
+
+class LiveConfig(Config):
+    """Pictures that are read and encoded in every step."""
+
+    source: SourceConfig
+    """The pictures and captions."""
+    sizes: SizesConfig
+    """The sizes that pictures are brought to."""
+    flip: bool = False
+    """Whether every second picture is mirrored, others in each epoch."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read pictures ahead, for each process that trains."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch and all that is known of it before anything is computed."""
+
+    seed: int
+    epoch: int
+    samples: list[int]
+    """Numbers in the data set: with seed and epoch they key everything that is drawn."""
+    ids: Tensor
+    """Token ids [B, N, L] for N text encoders."""
+    sizes: Tensor
+    """[B, 6], pixels; see network.Text."""
+    images: Tensor | None = None
+    """uint8 [B, 3, H, W], or"""
+    moments: Posterior | None = None
+    """what the cache holds of them, on the CPU."""
+
+    def draw(self, stream: str, shape: tuple[int, ...] | None) -> Tensor:
+        """N(0, 1) numbers [B, *shape], or without a shape uniform ones in [0, 1), [B]."""
+        if shape is None:
+            return keyed_uniform(self.seed, stream, self.epoch, self.samples)
+        return keyed_normal(self.seed, stream, self.epoch, self.samples, shape)
+
+    def x0(self, autoencoder: Autoencoder, device: torch.device) -> Tensor:
+        """Clean latents [B, C, h, w], a sample of the posterior, channels_last."""
+        posterior = self.moments
+        if posterior is None:
+            assert self.images is not None
+            with torch.no_grad():
+                posterior = autoencoder.to(device).encode(to_network(self.images, device))
+        noise = self.draw("posterior", tuple(posterior.mean.shape[1:]))
+        x0 = posterior.sample(noise.to(posterior.mean.device)).to(device)
+        return x0.contiguous(memory_format=torch.channels_last)
+
+
+class Latents(Protocol):
+    """A data set by sample number."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each bucket."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the samples are a function of."""
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Samples that could not be read so far and were replaced by others, with the reasons."""
+
+    def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
+        """The micro-batches of each step, read ahead."""
+
+
+def mirrored(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
+    """Which samples are flipped left to right, [B]."""
+    return keyed_uniform(seed, "flip", epoch, samples) < 0.5
+
+
+class CachedLatents:
+    """Samples of a latent cache; mirrored every second time where the cache holds both.
+
+    Raises InputError when it was made with another autoencoder or other tokenizers.
+    """
+
+    def __init__(self, url: str | Path, parts: ModelParts, seed: int) -> None:
+        self.cache, self.seed = LatentCache(url), seed
+        self.counts, self.digest = self.cache.counts, self.cache.key.digest
+        if self.cache.key.encoder != encoder_digest(parts.autoencoder):
+            raise InputError(
+                f"{url} was not made with this autoencoder; make the cache again or name its own."
+            )
+        tokenizers = [tower.tokenizer for tower in parts.towers.values()]
+        if self.cache.key.tokenizers != tokenizers_digest(tokenizers):
+            raise InputError(
+                f"{url} was not made with this text encoder's tokenizer; make the cache again or "
+                "name its own text encoder."
+            )
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """None: what could not be read is not in a cache."""
+        return {}
+
+    def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
+        """Raises InputError when a shard is missing or damaged."""
+        return prefetch([self.read(epoch, samples) for samples in micro] for epoch, micro in orders)
+
+    def read(self, epoch: int, samples: list[int]) -> Batch:
+        flipped = mirrored(self.seed, epoch, samples).tolist() if self.cache.key.flip else None
+        records = self.cache.read(samples, flipped)
+        moments = Posterior(records.mean, records.logvar)
+        return Batch(self.seed, epoch, samples, records.ids, records.sizes, moments=moments)
+
+
+class LiveLatents:
+    """Samples of picture files, encoded as they are needed.
+
+    scanned: a directory that keeps what the files' headers say, so that they are read once.
+    Raises InputError when there is no such data.
+    """
+
+    def __init__(self, config: LiveConfig, parts: ModelParts, seed: int, scanned: Path) -> None:
+        self.config, self.seed = config, seed
+        self.images = LiveImages(
+            open_source(config.source),
+            config.sizes,
+            [tower.tokenizer for tower in parts.towers.values()],
+            Store(scanned),
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+        )
+        self.counts = self.images.counts
+        words = (self.images.digest, encoder_digest(parts.autoencoder), config.flip)
+        self.digest = hashlib.sha256(repr(words).encode()).hexdigest()
+        self.unreadable: dict[int, str] = {}
+
+    def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
+        """Raises InputError when no sample of a bucket can be read."""
+        read = loader(
+            self.images, orders, self.config.workers, self.substitute, self.unreadable.__setitem__
+        )
+        return prefetch([self.batch(*micro_batch) for micro_batch in step] for step in read)
+
+    def substitute(self, epoch: int, sample: int, attempt: int) -> int:
+        """Another sample of the same bucket."""
+        ends = list(itertools.accumulate(self.counts))
+        bucket = bisect.bisect_right(ends, sample)
+        first = ends[bucket] - self.counts[bucket]
+        return substitute(self.seed, epoch, sample, attempt, first, self.counts[bucket])
+
+    def batch(self, epoch: int, samples: list[int], data: dict[str, Tensor]) -> Batch:
+        images = data["image"]
+        if self.config.flip:
+            flipped = mirrored(self.seed, epoch, samples)[:, None, None, None]
+            images = torch.where(flipped, images.flip(-1), images)
+        return Batch(self.seed, epoch, samples, data["ids"], data["size"], images=images)
