@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import one_line, sync, weight_shapes, write_json
+from latentdiff.model_files import one_line, read_json, sync, weight_shapes, write_json
 from training.ema import EMA
 from training.parallel import Wrapped, agreed
 
@@ -43,7 +43,7 @@ class Checkpointer:
     """Writes `folder/step-NNNNNN` in a thread of the main process, one at a time.
 
     Its memory is one whole snapshot on the main process: weights, averages and optimizer state.
-    keep: how many of the newest stay. All methods are called by every process.
+    keep: how many of the newest stay. Every process calls every method.
     """
 
     def __init__(self, folder: Path, keep: int, accelerator: Accelerator) -> None:
@@ -88,14 +88,18 @@ class Checkpointer:
 
         needed: bytes of free space to insist on besides.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.join()
         error = self.error
         if error is None and needed and self.accelerator.is_main_process:
             error = self._no_room(needed)
         if (error := agreed(self.accelerator, error)) is not None:
             raise error
+
+    def join(self) -> None:
+        """Until this process writes nothing, whatever came of it; for a run that is failing."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, the same one on every process."""
@@ -272,8 +276,8 @@ def _put_numbers(wrapped: Wrapped, optimizer: torch.optim.Optimizer, tensors: Te
 def _problem(path: Path, targets: Mapping[str, Tensors]) -> str | None:
     """What is wrong with a checkpoint for these tensors, in a sentence."""
     try:
-        digests = json.loads((path / MANIFEST).read_text())
-    except ValueError:
+        digests = read_json(path / MANIFEST)
+    except InputError:
         digests = {}
     for name in (*targets, STATE):
         if not (path / name).is_file() or _sha256(path / name) != digests.get(name):

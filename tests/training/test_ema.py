@@ -1,4 +1,4 @@
-"""The moving average against its formula, and the network's own weights kept safe."""
+"""The moving averages against their formula, and the network's own weights kept safe."""
 
 from __future__ import annotations
 
@@ -24,71 +24,71 @@ def walk(net: nn.Module, step: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=random))
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999])
-def test_the_average_is_the_formulas(decay: float) -> None:
+def test_each_average_is_the_formulas() -> None:
     net = network()
-    ema = EMA(net, decay)
-    expected = {name: value.detach().double().numpy() for name, value in net.named_parameters()}
+    decays = (0.0, 0.3, 0.9, 0.999)
+    ema = EMA(net, decays)
+    start = {name: value.detach().double().numpy() for name, value in net.named_parameters()}
+    expected = {f"{decay}/{name}": value for decay in decays for name, value in start.items()}
     for step in range(1, 31):
         walk(net, step)
-        ema.update(net, step)
-        d = min(decay, (1 + step) / (10 + step))
-        for name, value in net.named_parameters():
-            expected[name] = d * expected[name] + (1 - d) * value.detach().double().numpy()
-    assert ema.average.keys() == expected.keys()
-    for name, value in ema.average.items():
+        ema.update(step)
+        for decay in decays:
+            d = min(decay, (1 + step) / (10 + step))
+            for name, value in net.named_parameters():
+                key = f"{decay}/{name}"
+                expected[key] = d * expected[key] + (1 - d) * value.detach().double().numpy()
+    assert ema.state().keys() == expected.keys()
+    for name, value in ema.state().items():
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_an_average_of_half_precision_weights_is_kept_in_single_precision() -> None:
     net = network(torch.bfloat16)
-    ema = EMA(net, 0.999)
+    ema = EMA(net, (0.999,))
     walk(net, 1)
     for step in range(1, 9):
-        ema.update(net, step)
-    assert {value.dtype for value in ema.average.values()} == {torch.float32}
-    weight = ema.average["0.weight"]
+        ema.update(step)
+    assert {value.dtype for value in ema.state().values()} == {torch.float32}
+    weight = ema.state()["0.999/0.weight"]
     assert not weight.equal(weight.bfloat16().float())
 
 
-def test_the_averages_are_in_the_network_only_inside_the_block() -> None:
+def test_only_what_is_trained_is_averaged() -> None:
     net = network()
-    ema = EMA(net, 0.9)
+    net[0].requires_grad_(False)
+    assert set(EMA(net, (0.9, 0.5)).state()) == {
+        "0.9/1.weight",
+        "0.9/1.bias",
+        "0.5/1.weight",
+        "0.5/1.bias",
+    }
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_averages_are_in_the_network_only_inside_the_block(index: int) -> None:
+    net = network()
+    ema = EMA(net, (0.9, 0.1))
     walk(net, 1)
-    ema.update(net, 1)
+    ema.update(1)
     own = {name: value.clone() for name, value in net.state_dict().items()}
-    with ema.weights_in(net) as inside:
+    averages = {name: value.clone() for name, value in ema.state().items()}
+    with ema.weights_in(index) as inside:
         assert inside is net
         assert not net.training
         for name, value in net.named_parameters():
-            assert value.equal(ema.average[name])
+            assert value.equal(averages[f"{(0.9, 0.1)[index]}/{name}"])
             assert not value.equal(own[name])
-    with pytest.raises(KeyError), ema.weights_in(net):
+    with pytest.raises(KeyError), ema.weights_in():
         raise KeyError
-    assert net.training
     assert all(value.equal(own[name]) for name, value in net.state_dict().items())
+    assert all(value.equal(averages[name]) for name, value in ema.state().items())
 
 
-def test_a_network_that_was_not_training_stays_so() -> None:
-    net = network().eval()
-    with EMA(net, 0.9).weights_in(net):
-        pass
-    assert not net.training
-
-
-def test_states_are_restored_and_others_refused() -> None:
+def test_every_part_goes_back_to_the_mode_it_was_in() -> None:
+    """A frozen part stays in eval mode though the whole trains."""
     net = network()
-    ema, other = EMA(net, 0.9), EMA(network(), 0.9)
-    walk(net, 1)
-    ema.update(net, 1)
-    other.load_state_dict(ema.state_dict())
-    assert all(value.equal(ema.average[name]) for name, value in other.average.items())
-    assert all(value is not ema.average[name] for name, value in other.average.items())
-    state = ema.state_dict()
-    for bad in (
-        {name: value for name, value in state.items() if name != "0.bias"},
-        state | {"more": torch.zeros(1)},
-        state | {"0.bias": torch.zeros(5)},
-    ):
-        with pytest.raises(RuntimeError, match="other names or shapes"):
-            other.load_state_dict(bad)
+    net[1].eval()
+    with EMA(net, (0.9,)).weights_in():
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == [True, True, False]
