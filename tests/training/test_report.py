@@ -1,0 +1,212 @@
+"""The page of a run: what it shows, what it refuses to trust, and the arithmetic of its curves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from training.charts import HEIGHT, POINTS, WIDTH, chart, short, thinned, ticks
+from training.report import write_report
+
+finite = st.floats(-1e6, 1e6)
+
+
+class Page(HTMLParser):
+    """Tags, text and attributes of a page; every element that needs an end must have one."""
+
+    VOID = ("meta", "img", "tr", "td", "th", "path", "circle", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, name: str) -> list[str]:
+        return [value for t, n, value in self.attributes if (t, n) == (tag, name)]
+
+
+def run(folder: Path, steps: int = 40, **files: Any) -> Path:
+    """A run directory of `steps` steps logged each, half of what it was to take."""
+    (folder / "samples").mkdir(parents=True)
+    config = {"run_dir": "runs/x", "max_steps": 2 * steps, "optimizer": {"learning_rate": 0.5}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | files))
+    lines = [
+        {"step": step, "time": 1.7e9 + step, "loss": 1 / step, "loss_at/0.0": 2.0, "mfu": 0.25}
+        for step in range(1, steps + 1)
+    ]
+    lines.append({"step": steps, "time": 1.7e9, "validation/loss": 0.125, "odd_figure": 7.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_it_shows_the_newest_figures_and_every_curve(tmp_path: Path) -> None:
+    page = Page(write_report(run(tmp_path / "my run")))
+    for words in ("my run", "50.0%", "of 80", "Held-out data", "odd figure", "25.0%"):
+        assert words in page.text
+    assert "optimizer.learning_rate" in page.text
+    assert page.source.count("<svg") == 5
+    assert "1.0" not in re.findall(r"\d\.\d", "".join(page.all("svg", "aria-label")))
+
+
+def test_nothing_in_it_is_fetched_from_elsewhere(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r")
+    for step in range(20):
+        Image.new("RGB", (2, 2)).save(folder / "samples" / f"step-{step:06d}.png")
+    page = Page(write_report(folder))
+    assert "script" not in {tag for tag, _, _ in page.attributes}
+    assert not re.search(r"<script|https?://|url\(|@import|<link|<iframe", page.source)
+    links = page.all("img", "src") + page.all("a", "href")
+    assert links
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_the_newest_grid_comes_first_and_early_ones_from_all_over_the_run(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r")
+    for step in (*range(0, 9000, 100), 1_000_000):
+        Image.new("RGB", (2, 2)).save(folder / "samples" / f"step-{step:06d}.png")
+    shown = [
+        int(re.findall(r"\d+", name)[0]) for name in Page(write_report(folder)).all("img", "src")
+    ]
+    assert shown[0] == 1_000_000
+    assert len(shown) == 13
+    assert shown[1:] == sorted(shown[1:], reverse=True)
+    assert shown[-1] == 0
+    assert max(a - b for a, b in itertools.pairwise(shown[1:])) <= 800
+
+
+def test_what_others_wrote_is_shown_and_not_run(tmp_path: Path) -> None:
+    attack = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
+    folder = run(tmp_path / "<i>run&", sample_prompts=[attack], **{attack: attack})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 41, "time": 1.7e9, attack: 1.0, f"a/{attack}": 2.0}) + "\n")
+    (folder / "unreadable.jsonl").write_text(json.dumps({"sample": attack, "reason": attack}))
+    (folder / "fault.json").write_text(json.dumps({"step": attack}))
+    Image.new("RGB", (2, 2)).save(folder / "samples" / "step-1.png")
+    (folder / "samples" / 'step-"onload="x.png').write_bytes(b"")
+    page = Page(write_report(folder))
+    tags = {tag for tag, _, _ in page.attributes}
+    assert "script" not in tags
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 8
+
+
+def test_faults_and_unreadable_samples_are_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r")
+    rows = [{"sample": n, "reason": "truncated" if n % 3 else "no picture"} for n in range(300)]
+    (folder / "unreadable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "fault.json").write_text(json.dumps({"step": 17, "loss": [float("nan")]}))
+    page = Page(write_report(folder))
+    assert "not finite at step 17" in page.text
+    assert "300 were passed over (truncated: 200, no picture: 100)" in page.text
+    assert page.source.count("<tr><td>") == 100
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "absent", "constant", "null"])
+def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    line = '{"step": 1, "time": 1.7e9, "loss": 3.0}\n'
+    text = {
+        "empty": "",
+        "torn": line + '{"step": 2, "lo',
+        "constant": line + line.replace("1,", "2,"),
+        "null": line.replace("3.0", "null"),
+    }
+    if damage != "absent":
+        (folder / "metrics.jsonl").write_text(text[damage])
+    page = Page(write_report(folder))
+    assert ("Nothing was logged yet" in page.text) == (damage in ("empty", "absent", "null"))
+    assert page.source.count("<svg") == (damage in ("torn", "constant"))
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r", steps=20_000)
+    assert write_report(folder).stat().st_size < 150_000
+
+
+# Curves
+
+
+@given(st.lists(finite, min_size=1, max_size=200), st.integers(1, 60))
+def test_thinning_keeps_means_extremes_and_the_end(values: list[float], points: int) -> None:
+    curve = list(enumerate(values))
+    thin = thinned(curve, points)
+    assert len(thin) == min(points, len(values))
+    assert (thin[-1].step, min(p.low for p in thin)) == (len(values) - 1, min(values))
+    assert max(p.high for p in thin) == max(values)
+    counts = [b - a for a, b in itertools.pairwise([-1, *(point.step for point in thin)])]
+    assert max(counts) - min(counts) <= 1
+    total = math.fsum(p.mean * count for p, count in zip(thin, counts, strict=True))
+    assert math.isclose(total, math.fsum(values), rel_tol=1e-9, abs_tol=1e-3)
+
+
+@given(finite, st.floats(1e-3, 1e6))
+def test_ticks_are_round_few_and_inside(low: float, size: float) -> None:
+    marks = ticks(low, low + size)
+    assert 2 <= len(marks) <= 6
+    step = marks[1] - marks[0]
+    assert max(abs(math.log10(step / f) % 1 - 0.5) for f in (1, 2, 5)) > 0.499
+    slack = 1e-5 * size
+    assert all(low - slack <= mark <= low + size + slack for mark in marks)
+
+
+@given(st.lists(st.lists(finite, min_size=1, max_size=30), min_size=1, max_size=4))
+def test_charts_are_xml_and_stay_inside_their_frame(curves: list[list[float]]) -> None:
+    drawn = chart({f"<{n}>&": list(enumerate(v)) for n, v in enumerate(curves)}, ["red", "blue"])
+    picture = ET.fromstring(drawn)
+    paths = [path.attrib["d"] for path in picture.findall("path[@class='curve']")]
+    assert len(paths) == len(curves)
+    for path, values in zip(paths, curves, strict=True):
+        places = [tuple(map(float, place.split())) for place in path[1:].split("L")]
+        assert len(places) == len(values)
+        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+        ups = [y for _, y in places]
+        for (y, value), (other_y, other) in itertools.pairwise(zip(ups, values, strict=True)):
+            assert (other - value) * (other_y - y) <= 1e-9  # up is less y
+
+
+def test_a_curve_over_decades_is_logarithmic() -> None:
+    """Equal factors, equal distances."""
+    drawn = chart({"loss": [(n, 10.0**-n) for n in range(5)]}, ["red"])
+    path = re.findall(r'class="curve"[^>]*d="M([^"]*)"', drawn)[0]
+    heights = [float(place.split()[1]) for place in path.split("L")]
+    gaps = [b - a for a, b in itertools.pairwise(heights)]
+    assert min(gaps) > 20
+    assert max(gaps) - min(gaps) < 0.3
+    assert len(thinned([(n, 1.0) for n in range(POINTS + 1)])) == POINTS
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0"), (12_000, "12k"), (2_500_000, "2.5M"), (0.10871, "0.1087"), (1.53e-5, "1.53e-05")],
+)
+def test_numbers_are_short(value: float, expected: str) -> None:
+    assert short(value) == expected
