@@ -56,7 +56,8 @@ class Chain:
         if program in ("cache_latents", "diffusion"):
             made["autoencoder"] = self.run_dir("autoencoder") / "model"
             made["text_encoder"] = self.run_dir("clip") / "model"
-        made["scenes"] = self.configs / "scenes.yaml"
+        scenes = "source__path" if program == "cache_latents" else "scenes"
+        made[scenes] = self.configs / "scenes.yaml"
         words = ["--config", str(self.configs / f"{program}.yaml")]
         for name, value in (made | overrides).items():
             words += ["--" + name.replace("__", "."), str(value)]
@@ -117,5 +118,5 @@ def tiny_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         chain.run("autoencoder", **few)
         chain.run("clip", **few)
-        chain.run("cache_latents", count=32, shard_size=8, batch_size=4)
+        chain.run("cache_latents", source__count=32, shard_size=8, batch_size=4)
     return chain

@@ -309,7 +309,7 @@ def test_it_conditions_on_bert_as_well(tiny_chain: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "bert" / "tokenizer")
     text = {"text_encoder": tmp_path / "bert"}
     cache = tmp_path / "latents"
-    tiny_chain.run("cache_latents", run_dir=cache, count=16, shard_size=8, batch_size=4, **text)
+    tiny_chain.run("cache_latents", run_dir=cache, source__count=16, shard_size=8, batch_size=4, **text)
     few = {"max_steps": 2, "checkpoint_every": 2, "sample_every": 2, "batch_size": 4}
     tiny_chain.run("diffusion", run_dir=tmp_path / "run", cache=cache, **few, **text)
     model = TextToImage.load(tmp_path / "run" / "model")
