@@ -192,24 +192,30 @@ class Encoder:
             name: np.empty((pictures, *shape), dtype)
             for name, (dtype, shape) in self.key.record_shapes(shard.bucket).items()
         }
-        made = ShardRecords(**arrays, source=[], captions=[], cut=[], sha256=[], status=[])
         count = 0
+        seen: list[Batch] = []
+        cut: list[int] = []
         for batch in batches:
-            ids, cut = tokenize(self.tokenizers, batch.captions)
-            made.source.extend(batch.rows)
-            made.captions.extend(batch.captions)
-            made.cut.extend(cut.tolist())
-            made.sha256.extend(batch.sha256)
-            made.status.extend(batch.status)
+            ids, too_many = tokenize(self.tokenizers, batch.captions)
+            cut += too_many.tolist()
             if batch.images is not None:
                 here = slice(count, count + len(batch.images))
-                made.moments[here] = self.moments(batch.images)
-                made.ids[here] = ids[[status == READABLE for status in batch.status]]
-                made.sizes[here] = batch.sizes
+                arrays["moments"][here] = self.moments(batch.images)
+                arrays["ids"][here] = ids[[status == READABLE for status in batch.status]]
+                arrays["sizes"][here] = batch.sizes
                 count = here.stop
+            seen.append(dataclasses.replace(batch, images=None))
             progress(len(batch.rows))
-        readable = {name: values[:count] for name, values in arrays.items()}
-        return dataclasses.replace(made, **readable)
+        return ShardRecords(
+            moments=arrays["moments"][:count],
+            ids=arrays["ids"][:count],
+            sizes=arrays["sizes"][:count],
+            source=[row for batch in seen for row in batch.rows],
+            captions=[caption for batch in seen for caption in batch.captions],
+            cut=cut,
+            sha256=[digest for batch in seen for digest in batch.sha256],
+            status=[status for batch in seen for status in batch.status],
+        )
 
 
 def cache_key(
@@ -246,7 +252,7 @@ def place() -> tuple[int, int, torch.device]:
     """(rank, processes, device) as accelerate's launcher says; the processes do not meet."""
     rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0)
     processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
-    device = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return rank, processes, torch.device("cpu")
     local = get_int_from_env(["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"], 0)
@@ -329,7 +335,8 @@ def main() -> None:
         values = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         store.write("config.yaml", values.encode())
     if not store.exists(MANIFEST):
-        scan(source, store, rank, processes)
+        with tqdm(total=len(source), unit="headers", disable=rank > 0) as bar:
+            scan(source, store, rank, processes, bar.update)
         scanned = Scan(source, store, key.shapes)
         check_readable(scanned.reasons(), len(source), config.max_unreadable)
         encoder = Encoder(autoencoder, tokenizers, key, device)

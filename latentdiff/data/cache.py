@@ -154,6 +154,7 @@ class LatentCache:
         self.latent_shapes = [self.key.latent_shape(bucket) for bucket in range(len(shapes))]
         """[C, h, w] of each bucket."""
         self._rows, self._ends = rows, [np.cumsum(counts) for counts in rows]
+        self._starts = [end - count for end, count in zip(self._ends, rows, strict=True)]
         self._offsets = np.cumsum([0, *self.counts])
         self._first = np.cumsum([0, *map(len, rows)]).tolist()
         self._shard = functools.lru_cache(maxsize=MAPPED)(self._open)
@@ -181,7 +182,7 @@ class LatentCache:
             mirrored[:] = flipped
         places = numbers - self._offsets[bucket]
         shards = np.searchsorted(self._ends[bucket], places, side="right")
-        rows = places - (self._ends[bucket] - self._rows[bucket])[shards]
+        rows = places - self._starts[bucket][shards]
         shapes = self.key.record_shapes(bucket)
         moments = np.empty((len(numbers), *shapes["moments"][1][1:]), np.float16)
         ids = np.empty((len(numbers), *shapes["ids"][1]), np.int32)
@@ -232,7 +233,7 @@ def open_shard(
     return arrays
 
 
-STORED = {np.float16: "F16", np.int32: "I32"}
+STORED: dict[type[np.generic], str] = {np.float16: "F16", np.int32: "I32"}
 
 
 def read_object(content: bytes, store: Store, name: str) -> dict[str, Any]:

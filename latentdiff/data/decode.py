@@ -7,7 +7,7 @@ import io
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from latentdiff.pictures import to_rgb
@@ -89,7 +89,7 @@ def _open(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise UnreadableImage("too many pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadableImage("unknown format") from None
     except Exception:  # as above
         raise UnreadableImage("damaged") from None

@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from latentdiff.config import Config, load_yaml
 from latentdiff.data.decode import MAX_BYTES, UnreadableImage, decode, measure
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
-from latentdiff.data.sprites import SPRITES_FILE
 from latentdiff.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,16 +94,8 @@ def open_source(config: SourceConfig) -> ImageTextSource:
     return FolderSource(config) if config.type == "folder" else TableSource(config)
 
 
-def describe(scenes: ScenesConfig) -> str:
-    """sha256 of what scenes are a function of: their configuration and the sprites."""
-    sprites = hashlib.sha256(SPRITES_FILE.read_bytes()).digest()
-    description = hashlib.sha256(scenes.model_dump_json().encode())
-    description.update(hashlib.sha256(sprites).hexdigest().encode())
-    return description.hexdigest()
-
-
 class ScenesSource(ImageTextSource):
-    """Emoji scenes. The digest is of their configuration and the sprites."""
+    """Emoji scenes."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.scenes = EmojiScenes(
@@ -113,7 +104,7 @@ class ScenesSource(ImageTextSource):
         )
         assert config.count is not None
         self.count = config.count
-        self.digest = _digest((describe(self.scenes.config), config.split))
+        self.digest = self.scenes.digest
 
     def __len__(self) -> int:
         return self.count
@@ -141,10 +132,10 @@ class FolderSource(ImageTextSource):
         if not config.path.is_dir():
             raise InputError(f"{config.path} is no folder; name one, or another type of source.")
         table = _load("imagefolder", config, data_dir=str(config.path), drop_labels=True)
-        column = _column(table, config.caption_column, CAPTIONS, config, needed=False)
-        captions = [""] * len(table) if column is None else table[column]
         paths = [Path(value["path"]) for value in _undecoded(table, "image")["image"]]
-        if column is None:
+        if config.caption_column is not None or set(CAPTIONS) & set(table.column_names):
+            captions = table[_column(table, config.caption_column, CAPTIONS, config)]
+        else:
             captions = [_beside(path) for path in paths]
             if not any(captions):
                 raise InputError(
@@ -243,21 +234,15 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Dataset:
         ) from None
 
 
-def _column(
-    table: Dataset,
-    named: str | None,
-    usual: tuple[str, ...],
-    config: SourceConfig,
-    needed: bool = True,
-) -> str | None:
+def _column(table: Dataset, named: str | None, usual: tuple[str, ...], config: SourceConfig) -> str:
     names = table.column_names
-    found = [name for name in (usual if named is None else (named,)) if name in names]
-    if not found and (needed or named is not None):
-        raise InputError(
-            f"{config.path} has no column {named or ' or '.join(usual)} but {', '.join(names)}; "
-            "set image_column and caption_column of the source."
-        )
-    return found[0] if found else None
+    for name in usual if named is None else (named,):
+        if name in names:
+            return name
+    raise InputError(
+        f"{config.path} has no column {named or ' or '.join(usual)} but {', '.join(names)}; "
+        "set image_column and caption_column of the source."
+    )
 
 
 def _undecoded(table: Dataset, column: str) -> Dataset:

@@ -249,6 +249,23 @@ def test_opening_reads_the_manifest_alone(directory: Path) -> None:
     assert latents.latent_shapes == [(3, 6, 4), (3, 4, 4), (3, 4, 6)]
 
 
+def test_a_cache_of_a_billion_records_opens_at_once(directory: Path) -> None:
+    """From its manifest, which says in which shard each sample lies."""
+    manifest = json.loads((directory / cache.MANIFEST).read_text())
+    manifest["rows"] = [[4096] * 100_000, [4096, 1, 4095], [4096] * 144_000]
+    (directory / cache.MANIFEST).write_text(json.dumps(manifest))
+    latents = LatentCache(directory)
+    assert latents.counts == [409_600_000, 8192, 589_824_000]
+    for sample, shard in (
+        (409_599_999, 99_999),
+        (409_600_000 + 4096, 100_001),
+        (409_600_000 + 4097, 100_002),
+        (len(latents) - 4097, 244_001),
+    ):
+        with pytest.raises(InputError, match=rf"shard-{shard:06d}\.safetensors is missing"):
+            latents.read([sample])
+
+
 def test_only_so_many_shards_stay_open(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "MAPPED", 2)
     latents = LatentCache(directory)

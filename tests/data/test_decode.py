@@ -16,6 +16,9 @@ from PIL import Image, ImageCms, ImageOps
 from latentdiff.data import decode as module
 from latentdiff.data.decode import UnreadableImage, decode, measure
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+"""Of damaged metadata."""
+
 WIDTH, HEIGHT = 20, 12
 FILES = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "BMP": {}}
