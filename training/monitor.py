@@ -253,7 +253,7 @@ def duration(seconds: float) -> str:
     """Two units of it: 3 d 4 h, 2 h 5 min, 7 min 10 s, 42 s."""
     left = round(seconds)
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    words = []
+    words: list[str] = []
     for unit, length in units:
         count, left = divmod(left, length)
         if count or words or unit == "s":

@@ -221,7 +221,7 @@ def _lines_of(text: str) -> Iterator[dict[str, Any]]:
 def _unreadable(run_dir: Path) -> str:
     """How many samples could not be read and why, and the first of them."""
     reasons: Counter[str] = Counter()
-    listed = []
+    listed: list[str] = []
     for row in _lines(run_dir / UNREADABLE):
         reason = str(row.get("reason"))
         reasons[reason] += 1
