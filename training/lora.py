@@ -110,7 +110,9 @@ def adapted(network: nn.Module) -> Iterator[Adapted]:
             if isinstance(module, LoraLayer):
                 if part in TOWERS and not name.startswith(TOWER):
                     name = TOWER + name
-                down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+                down, up = (
+                    pair[ADAPTER].get_parameter("weight") for pair in (module.lora_A, module.lora_B)
+                )
                 yield Adapted(part, name, down, up, float(module.lora_alpha[ADAPTER]))
 
 

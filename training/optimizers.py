@@ -92,7 +92,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     try:
-        from training.adamw8bit import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise InputError(
             "adamw8bit needs bitsandbytes; install it with: pip install 'latentdiff[8bit]'."
@@ -105,4 +105,6 @@ def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
             "adamw8bit cannot share its state among processes (FSDP2); set optimizer.name to adamw "
             "or adafactor, or launch with DDP."
         )
-    return AdamW8bit(groups, config.learning_rate, config.betas)
+    for parameter in parameters:  # bitsandbytes does it later, under moments of another order
+        parameter.data = parameter.data.contiguous()
+    return AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)

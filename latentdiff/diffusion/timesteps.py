@@ -48,9 +48,9 @@ def timesteps(uniform: Tensor, count: int, config: TimestepConfig) -> Tensor:
     edges = torch.tensor([first, last + 1], dtype=torch.float64, device=uniform.device) / count
     u = uniform.double()
     if config.distribution == "uniform":
-        t = torch.lerp(*edges, u)
+        t = torch.lerp(edges[0], edges[1], u)
     else:
-        low, high = torch.special.ndtr((edges.logit() - config.mean) / config.std)
-        z = torch.special.ndtri(torch.lerp(low, high, u))
+        shares = torch.special.ndtr((edges.logit() - config.mean) / config.std)
+        z = torch.special.ndtri(torch.lerp(shares[0], shares[1], u))
         t = torch.sigmoid(config.mean + config.std * z)
     return (count * t).long().clamp(first, last)

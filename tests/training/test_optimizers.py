@@ -141,49 +141,33 @@ def test_the_rate_of_each_step_is_the_one_that_is_set(name: Any) -> None:
 
 
 def test_8_bits_without_bitsandbytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "training.adamw8bit", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match=r"pip install 'latentdiff\[8bit\]'"):
         make_optimizer(network(), OptimizerConfig(name="adamw8bit", learning_rate=0.1))
 
 
 def test_8_bits_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "training.adamw8bit", SimpleNamespace(AdamW8bit=None))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=None))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=None))
     with pytest.raises(InputError, match="adamw8bit runs on NVIDIA GPUs"):
         make_optimizer(network(), OptimizerConfig(name="adamw8bit", learning_rate=0.1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels are CUDA's")
-def test_8_bits_continue_from_a_flat_state_dict() -> None:
-    """Bit for bit, through tensors alone, also for channels_last kernels."""
+def test_8_bits_are_nearly_adamw() -> None:
+    """Also where kernels were channels_last, whose moments would follow another order."""
     pytest.importorskip("bitsandbytes")
-    options = OptimizerConfig(name="adamw8bit", learning_rate=0.01)
-    gradients = torch.Generator("cuda").manual_seed(1)
 
-    def start() -> nn.Module:
+    def trained(name: Any) -> nn.Module:
         torch.manual_seed(0)
-        return nn.Conv2d(64, 64, 3).to("cuda", memory_format=torch.channels_last)  # type: ignore
+        kernel = nn.Conv2d(64, 64, 3).to("cuda", memory_format=torch.channels_last)  # type: ignore
+        optimizer = make_optimizer(kernel, OptimizerConfig(name=name, learning_rate=0.01))
+        for _ in range(4):
+            for parameter in kernel.parameters():
+                parameter.grad = torch.randn(parameter.shape).cuda()
+            optimizer.step()
+        return kernel
 
-    def step(kernel: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in kernel.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=gradients, device="cuda")
-        optimizer.step()
-
-    first = start()
-    optimizer = make_optimizer(first, options)
-    step(first, optimizer)
-    saved = optimizer.state_dict()
-    state = {
-        number: {key: torch.as_tensor(value).cpu().clone() for key, value in values.items()}
-        for number, values in saved["state"].items()
-    }
-    second = start()
-    second.load_state_dict(first.state_dict())
-    resumed = make_optimizer(second, options)
-    resumed.load_state_dict(resumed.state_dict() | {"state": state})
-    snapshot = gradients.get_state()
-    step(first, optimizer)
-    gradients.set_state(snapshot)
-    step(second, resumed)
-    assert state[0]["state1"].dtype == torch.uint8
-    for mine, theirs in zip(second.parameters(), first.parameters(), strict=True):
-        assert mine.equal(theirs)
+    eight, whole = trained("adamw8bit"), trained("adamw")
+    for mine, theirs in zip(eight.parameters(), whole.parameters(), strict=True):
+        assert (mine - theirs).abs().mean() < 0.002
