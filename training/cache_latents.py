@@ -344,7 +344,9 @@ def main() -> None:
         if missing_shards(store, key.shards(scanned.counts)):
             return  # whichever process is last will finish the cache
         finish(store, key, scanned, config.max_unreadable)
-        print(summary(LatentCache(config.run_dir)))
+    elif rank > 0:
+        return
+    print(summary(LatentCache(config.run_dir)))
     print(f"finished: {config.run_dir}")
 
 
