@@ -7,6 +7,7 @@ samples into a run costs what the first one does.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Plan:
     ) -> None:
         self.seed, self.counts, self.batch_size = seed, tuple(counts), batch_size
         self.block, self.window = block, window
-        self.offsets = tuple(sum(self.counts[:bucket]) for bucket in range(len(self.counts)))
+        self.offsets = (0, *itertools.accumulate(self.counts))
+        """The first number of each bucket, and of none."""
         self.filled = [n for n, count in enumerate(self.counts) if count >= batch_size]
         if not self.filled:
             most = max(self.counts, default=0)
@@ -193,9 +195,9 @@ class Share:
         """Raises InputError when the micro-batches of all processes would not be of one size."""
         together = self.processes * (self.micro_batch_size or 1)
         if batch_size % together:
+            who = "1 process" if self.processes == 1 else f"{self.processes} processes"
             pieces = "" if self.micro_batch_size is None else f" in {self.micro_batch_size}s"
             raise InputError(
-                f"batch_size is {batch_size}, which {self.processes} processes cannot share "
-                f"evenly{pieces}; choose a multiple of {together}, such as "
-                f"{math.ceil(batch_size / together) * together}."
+                f"batch_size is {batch_size}, which {who} cannot share evenly{pieces}; choose a "
+                f"multiple of {together}, such as {math.ceil(batch_size / together) * together}."
             )

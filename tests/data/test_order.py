@@ -34,8 +34,9 @@ def test_an_epoch_takes_each_sample_once_but_for_the_remainders(plan: Plan, epoc
     first = epoch * plan.steps_per_epoch
     for step in range(first, first + plan.steps_per_epoch):
         batch = plan.batch(step)
-        assert (batch.epoch, batch.samples.dtype) == (epoch, np.int64)
-        assert len(batch.samples) == plan.batch_size
+        assert batch.epoch == epoch
+        assert batch.samples.dtype == np.int64
+        assert batch.samples.shape == (plan.batch_size,)
         taken[batch.bucket] += batch.samples.tolist()
     assert plan.batch(first + plan.steps_per_epoch).epoch == epoch + 1
     begin = 0

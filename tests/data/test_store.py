@@ -75,6 +75,7 @@ def test_what_is_written_can_be_read(url: str, tmp_path: Path) -> None:
     file = tmp_path / "two.bin"
     file.write_bytes(bytes(range(256)) * 1000)
     store.write("one.json", b"{}")
+    Store(f"{url}0", tmp_path / "local").write("neighbour", b"")  # whose name begins alike
     store.write("b/two.bin", file)
     store.write("empty", b"")
 
@@ -251,7 +252,10 @@ def test_a_network_that_fails_is_not_an_absent_file(
 
 
 def writer(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None  # type: ignore[func-returns-value]
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
 
 
 def test_the_least_recently_used_make_way(tmp_path: Path) -> None:
@@ -339,6 +343,26 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     assert run(*(functools.partial(ask, folder, seed, log) for seed in range(4))) == [0] * 4
     assert len(kept(folder)) <= 4 * HELD
     assert not [path for path in kept(folder) if path.name.startswith(".")]
+
+
+def test_threads_share_a_store(memory: str, tmp_path: Path) -> None:
+    store = Store(memory, tmp_path, local_bytes=1500)
+    for name in "abcdefgh":
+        store.write(name, content(name))
+    read: list[bool] = []
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(50):
+            name = rng.choice("abcdefgh")
+            read.append(store.local(name).read_bytes() == content(name))
+
+    users = [threading.Thread(target=use, args=(seed,)) for seed in range(HELD)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join(60)
+    assert read == [True] * 50 * HELD
 
 
 def test_a_file_is_fetched_once_for_all_processes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -99,6 +100,14 @@ def test_unreadable_samples_are_replaced_and_told_of(workers: int) -> None:
     assert told == [(3, "damaged"), (again, "damaged")]
 
 
+def test_closing_ends_the_workers() -> None:
+    steps = loader(Squares(), (StepOrder(0, [[number]]) for number in range(10**6)), 1)
+    assert next(steps)[0].samples == [0]
+    assert multiprocessing.active_children()
+    steps.close()
+    assert not multiprocessing.active_children()
+
+
 def _substitute(count: int, epoch: int, sample: int, attempt: int) -> int:
     return substitute(0, epoch, sample, attempt, 0, count)
 
@@ -143,7 +152,7 @@ def test_batches_are_made_ahead_up_to_the_depth() -> None:
 
 @pytest.mark.parametrize("taken", [1, 5])
 def test_closing_ends_the_thread_and_closes_the_source(taken: int) -> None:
-    closed = []
+    closed: list[str] = []
 
     def endless() -> Iterator[int]:
         try:
