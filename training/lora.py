@@ -95,6 +95,8 @@ def attach(network: nn.Module, config: LoRAConfig, seed: int) -> None:
                 "encoders only CLIP has. Change lora.targets or set train_text_encoder to false."
             ) from None
     for layer in adapted(network):
+        for parameter in (layer.down, layer.up):
+            parameter.data = parameter.data.float()  # peft gives them the weights' dtype
         source = generator(seed, f"lora {layer.part}.{layer.name}")
         nn.init.kaiming_uniform_(layer.down, a=math.sqrt(5), generator=source)
     if config.init_from is not None:

@@ -183,6 +183,19 @@ def test_initial_values_are_a_function_of_seed_and_name() -> None:
         assert key not in fewer or value.equal(fewer[key])
 
 
+def test_adapters_of_bfloat16_weights_are_fp32() -> None:
+    network = ours(networks(pair=False)).to(torch.bfloat16)
+    attach(network, EVERYTHING, seed=0)
+    assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
+    ids = torch.tensor([[1, 5, 9, 2]])
+    with torch.no_grad():
+        plain = network["text_encoder"](input_ids=ids)[0]
+        randomize(network)
+        changed = network["text_encoder"](input_ids=ids)[0]
+    assert plain.dtype == changed.dtype == torch.bfloat16
+    assert not torch.allclose(plain, changed, rtol=0.01)
+
+
 def test_a_text_encoder_other_than_clip_is_refused() -> None:
     config = BertConfig(
         vocab_size=20,
