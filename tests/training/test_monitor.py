@@ -141,6 +141,26 @@ def test_bands_are_logged_where_there_were_samples(tmp_path: Path) -> None:
     assert bands == {"loss_at/0.0": 1.0, "loss_at/0.9": 2.5}
 
 
+def test_processes_are_averaged_and_the_slowest_and_largest_count(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process sends three times each of this one's numbers."""
+    batch = StepLosses(
+        torch.tensor(1.0), per_sample=torch.tensor([5.0]), position=torch.tensor([0.31])
+    )
+    with watch(config(tmp_path)) as monitor:
+        monkeypatch.setattr(monitor.accelerator, "gather", lambda row: torch.cat([row, 3 * row]))
+        monkeypatch.setattr(module, "peak_memory", lambda device: 2.0**30)
+        monitor.step([batch], torch.tensor(7.0), 0.1)
+        clock.now += 2
+        monitor.step([batch], torch.tensor(9.0), 0.1)
+        figures = monitor.log(2)
+    assert (figures["loss"], figures["grad_norm"]) == (2.0, 16.0)
+    assert figures["loss_at/0.3"] == 5.0
+    assert figures["peak_memory_gib"] == 3.0
+    assert math.isclose(figures["images_per_second"], 8 / 6, rel_tol=1e-5)
+
+
 def test_speed_leaves_out_the_first_step_and_pauses(tmp_path: Path, clock: Clock) -> None:
     network = nn.Linear(3, 5, bias=False)
     meter = FlopMeter(network)

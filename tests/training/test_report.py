@@ -53,11 +53,11 @@ class Page(HTMLParser):
         return [value for t, n, value in self.attributes if (t, n) == (tag, name)]
 
 
-def run(folder: Path, steps: int = 40, **files: Any) -> Path:
+def run(folder: Path, steps: int = 40, **options: Any) -> Path:
     """A run directory of `steps` steps logged each, half of what it was to take."""
     (folder / "samples").mkdir(parents=True)
     config = {"run_dir": "runs/x", "max_steps": 2 * steps, "optimizer": {"learning_rate": 0.5}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | files))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | options))
     lines = [
         {"step": step, "time": 1.7e9 + step, "loss": 1 / step, "loss_at/0.0": 2.0, "mfu": 0.25}
         for step in range(1, steps + 1)
