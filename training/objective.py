@@ -37,6 +37,16 @@ class ObjectiveConfig(Config):
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of captions replaced by the empty one, for classifier-free guidance."""
 
+    def streams(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...] | None]]:
+        """All that losses and dropped will draw for latents of `shape` [C, h, w]."""
+        drawn: list[tuple[str, tuple[int, ...] | None]] = [("timestep", None), ("caption", None)]
+        drawn.append(("noise", shape))
+        if self.offset_noise:
+            drawn.append(("offset", (shape[0], *(1 for _ in shape[1:]))))
+        if self.input_perturbation:
+            drawn.append(("perturbation", shape))
+        return drawn
+
     def dropped(self, draw: Draw) -> Tensor:
         """Whose caption is replaced by the empty one, [B]: Ho & Salimans (2022), Algorithm 1."""
         return draw("caption", None) < self.caption_dropout

@@ -75,6 +75,22 @@ def test_nothing_is_drawn_that_is_not_used() -> None:
     assert draw.streams == ["timestep", "noise"]
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("perturbation", [0.0, 0.1])
+def test_streams_are_all_that_is_drawn(offset: float, perturbation: float) -> None:
+    """So that what is drawn ahead suffices, and is of the shape that is asked for."""
+    config = ObjectiveConfig(offset_noise=offset, input_perturbation=perturbation)
+    keyed, asked = Keyed(), list[tuple[str, tuple[int, ...] | None]]()
+
+    def draw(stream: str, shape: tuple[int, ...] | None) -> Tensor:
+        asked.append((stream, shape))
+        return keyed(stream, shape)
+
+    config.dropped(draw)
+    config.losses(denoiser(), X0, draw, None)
+    assert sorted(asked, key=str) == sorted(config.streams(tuple(X0.shape[1:])), key=str)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"offset_noise": 0.1, "input_perturbation": 0.2, "min_snr_gamma": 5.0}],
