@@ -11,6 +11,7 @@ nobody disturbed. Exit status 1 if there is one.
 from __future__ import annotations
 
 import argparse
+import importlib
 import mmap
 import os
 import random
@@ -295,6 +296,7 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="of the file-system steps, every")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")  # seconds, which every process would take anew
     with tempfile.TemporaryDirectory() as root:
         sweep = Sweep(Path(root))
         seconds = sweep.undisturbed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,11 @@ def run(
 def process(rank: int, environment: dict[str, str], arguments: tuple[Any, ...]) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    run(*arguments)
+    try:
+        run(*arguments)
+    except InputError as error:
+        (arguments[0] / f"refused-{rank}").write_text(str(error))
+        raise SystemExit(2) from None
 
 
 def free_port() -> int:
@@ -144,8 +149,12 @@ def launch(
     numbers: range = range(4),
     optimizer: str = "adamw",
     precision: str = "no",
+    status: int = 0,
 ) -> Path:
-    """Processes as a launcher starts them; the checkpoint that they end with."""
+    """Processes as a launcher starts them; the checkpoint that they end with.
+
+    status: how all of them exit.
+    """
     folder.mkdir()
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if processes > 1:
@@ -164,7 +173,7 @@ def launch(
         child.start()
     for child in children:
         child.join(120)
-        assert child.exitcode == 0
+        assert child.exitcode == status
     return folder / f"step-{numbers.stop:06d}"
 
 
@@ -256,11 +265,23 @@ def test_an_optimizer_whose_state_has_other_shapes_comes_back(root: Path) -> Non
     half = whole.with_name("step-000002")
     options = {"optimizer": "adafactor", "numbers": range(2, 4), "resume": half}
     on = launch(root / "ada-1", **options)
-    shards = launch(root / "ada-2", **options, **WAYS["fsdp"])
+    both = launch(root / "ada-2", **options, **WAYS["ddp"])
     assert_same(on, whole)
-    assert_close(shards, whole)
-    assert_same(half, shards.parent / half.name)
+    assert_close(both, whole)
+    assert_same(half, both.parent / half.name)
     assert any(key.endswith("/row") for key in load_file(whole / FILES[2]))
+
+
+def test_a_damaged_checkpoint_ends_all_processes_though_only_one_reads_it(
+    root: Path, alone: Path
+) -> None:
+    damaged = root / "damaged" / "step-000002"
+    shutil.copytree(alone.with_name("step-000002"), damaged)
+    (damaged / "ema.safetensors").write_bytes(b"")
+    launch(root / "refused", resume=damaged, numbers=range(2, 4), status=2, **WAYS["fsdp"])
+    for rank in range(2):
+        sentence = (root / "refused" / f"refused-{rank}").read_text()
+        assert f"ema.safetensors is damaged; delete {damaged} to continue" in sentence
 
 
 def test_in_half_precision_timesteps_stay_whole_and_weights_single(root: Path, alone: Path) -> None:
