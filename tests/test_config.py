@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
@@ -24,7 +26,8 @@ SOURCES = [
     for package in ("latentdiff", "training", "inference")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+YAMLS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHERS))
 
 
 class Inner(Config):
@@ -263,6 +266,25 @@ def names(path: Path) -> str:
 def test_there_are_configs() -> None:
     assert {names(path.parent) for path in YAMLS} >= {"configs/emoji"}
     assert len(YAMLS) >= 6
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=names)
+def test_accelerate_reads_what_is_for_its_launcher(path: Path) -> None:
+    launcher = load_config_from_file(path)
+    assert launcher.num_processes >= launcher.num_machines >= 1
+    assert launcher.mixed_precision == "no"  # the training configuration says it
+    if launcher.distributed_type == DistributedType.FSDP:
+        assert launcher.fsdp_config["fsdp_version"] == 2
+
+
+def test_there_is_a_launcher_for_every_size() -> None:
+    kinds = {path.stem: load_config_from_file(path).distributed_type for path in LAUNCHERS}
+    assert kinds == {
+        "single": DistributedType.NO,
+        "multi_gpu": DistributedType.MULTI_GPU,
+        "multi_node": DistributedType.MULTI_GPU,
+        "fsdp2": DistributedType.FSDP,
+    }
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=names)

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,11 +40,10 @@ class MicroBatch(NamedTuple):
     data: Any
 
 
-class StepDataset(Dataset):  # type: ignore[type-arg]
+class StepDataset(Protocol):
     """Samples by number."""
 
-    def __getitem__(self, index: int) -> Any:
-        raise NotImplementedError
+    def __getitem__(self, index: int) -> Any: ...
 
 
 def planned_orders(steps: range, plan: Plan, share: Share) -> Iterator[StepOrder]:

@@ -18,13 +18,14 @@ from torch import Tensor
 from latentdiff.checkpoint import save_model
 from latentdiff.config import load_config
 from latentdiff.data.order import Plan, Share
+from latentdiff.data.store import LOCAL_BYTES
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.errors import InputError, run_command
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage
 from training.assemble import PartsConfig, assemble
 from training.config import StepLosses
-from training.data import planned_orders
+from training.data import planned_orders, prefetch
 from training.encoder import tensors_digest
 from training.latents import Batch, CachedLatents, Latents, LiveConfig, LiveLatents
 from training.loop import make_accelerator, train
@@ -39,6 +40,10 @@ class DiffusionConfig(PartsConfig):
 
     cache: str | None = None
     """The latent cache, written by training.cache_latents: a directory or any fsspec URL."""
+    cache_local: Path | None = None
+    """Where shards of a cache at a URL are kept; ~/.cache/latentdiff by default."""
+    cache_local_bytes: int = Field(default=LOCAL_BYTES, gt=0)
+    """How many bytes of them; the least recently used ones go first."""
     images: LiveConfig | None = None
     """Pictures to train on straight away, encoded in every step, in place of a cache."""
     validation_cache: str | None = None
@@ -80,14 +85,14 @@ class DiffusionProgram:
         self.parts = parts = assemble(config)
         self.latents: Latents
         if config.cache is not None:
-            self.latents = CachedLatents(config.cache, parts, config.seed)
+            self.latents = self.open_cache(config.cache, config.seed)
         else:
             assert config.images is not None
             scanned = config.run_dir / "scan"
             self.latents = LiveLatents(config.images, parts, config.seed, scanned)
         self.held_out: Latents | None = None
         if config.validation_cache is not None:
-            self.held_out = CachedLatents(config.validation_cache, parts, VALIDATION_SEED)
+            self.held_out = self.open_cache(config.validation_cache, VALIDATION_SEED)
         if config.evaluate_every and parts.vocabulary is None:
             raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
@@ -103,12 +108,27 @@ class DiffusionProgram:
             "text encoder": tensors_digest(parts.text_encoder.state_dict()),
         }
 
+    def open_cache(self, url: str, seed: int) -> CachedLatents:
+        config = self.config
+        return CachedLatents(url, self.parts, seed, config.cache_local, config.cache_local_bytes)
+
     @property
     def unreadable(self) -> dict[int, str]:
         return self.latents.unreadable
 
     def batches(self, steps: range, share: Share) -> Generator[list[Batch], None, None]:
-        return self.latents.batches(planned_orders(steps, self.plan, share))
+        """Read, and drawn for, ahead of their steps."""
+        read = self.latents.batches(planned_orders(steps, self.plan, share))
+        return prefetch([self.drawn(batch) for batch in step] for step in read)
+
+    def drawn(self, batch: Batch) -> Batch:
+        """The batch with all that will be drawn for it."""
+        height, width = batch.sizes[0, 4:].tolist()
+        factor = self.parts.autoencoder.scale_factor
+        shape = self.parts.autoencoder.latent_channels, height // factor, width // factor
+        for stream, drawn in (("posterior", shape), *self.config.objective.streams(shape)):
+            batch.draw(stream, drawn)
+        return batch
 
     def losses(self, forward: Callable[..., Any], batch: Batch, device: torch.device) -> StepLosses:
         loss, position = self.loss_of(forward, batch, device, self.config.objective)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from latentdiff.data.tokens import tokenizers_digest
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 from latentdiff.rng import keyed_normal, keyed_uniform
-from training.data import StepOrder, loader, prefetch, to_network
+from training.data import StepOrder, loader, to_network
 from training.encoder import encoder_digest
 
 
@@ -60,12 +60,16 @@ class Batch:
     """uint8 [B, 3, H, W], or"""
     moments: Posterior | None = None
     """what the cache holds of them, on the CPU."""
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+    """What was drawn already, by stream."""
 
     def draw(self, stream: str, shape: tuple[int, ...] | None) -> Tensor:
         """N(0, 1) numbers [B, *shape], or without a shape uniform ones in [0, 1), [B]."""
-        if shape is None:
-            return keyed_uniform(self.seed, stream, self.epoch, self.samples)
-        return keyed_normal(self.seed, stream, self.epoch, self.samples, shape)
+        if stream not in self.drawn:
+            key = self.seed, stream, self.epoch, self.samples
+            numbers = keyed_uniform(*key) if shape is None else keyed_normal(*key, shape)
+            self.drawn[stream] = numbers
+        return self.drawn[stream]
 
     def x0(self, autoencoder: Autoencoder, device: torch.device) -> Tensor:
         """Clean latents [B, C, h, w], a sample of the posterior, channels_last."""
@@ -95,7 +99,7 @@ class Latents(Protocol):
         """Samples that could not be read so far and were replaced by others, with the reasons."""
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
-        """The micro-batches of each step, read ahead."""
+        """The micro-batches of each step."""
 
 
 def mirrored(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
@@ -106,11 +110,14 @@ def mirrored(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
 class CachedLatents:
     """Samples of a latent cache; mirrored every second time where the cache holds both.
 
+    local, local_bytes: where shards of a cache at a URL are kept, and how many bytes of them.
     Raises InputError when it was made with another autoencoder or other tokenizers.
     """
 
-    def __init__(self, url: str | Path, parts: ModelParts, seed: int) -> None:
-        self.cache, self.seed = LatentCache(url), seed
+    def __init__(
+        self, url: str, parts: ModelParts, seed: int, local: Path | None, local_bytes: int
+    ) -> None:
+        self.cache, self.seed = LatentCache(url, local, local_bytes), seed
         self.counts, self.digest = self.cache.counts, self.cache.key.digest
         if self.cache.key.encoder != encoder_digest(parts.autoencoder):
             raise InputError(
@@ -130,7 +137,8 @@ class CachedLatents:
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """Raises InputError when a shard is missing or damaged."""
-        return prefetch([self.read(epoch, samples) for samples in micro] for epoch, micro in orders)
+        for epoch, micro_batches in orders:
+            yield [self.read(epoch, samples) for samples in micro_batches]
 
     def read(self, epoch: int, samples: list[int]) -> Batch:
         flipped = mirrored(self.seed, epoch, samples).tolist() if self.cache.key.flip else None
@@ -166,7 +174,8 @@ class LiveLatents:
         read = loader(
             self.images, orders, self.config.workers, self.substitute, self.unreadable.__setitem__
         )
-        return prefetch([self.batch(*micro_batch) for micro_batch in step] for step in read)
+        for step in read:
+            yield [self.batch(*micro_batch) for micro_batch in step]
 
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
         """Another sample of the same bucket."""

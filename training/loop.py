@@ -27,7 +27,6 @@ from training.flops import FlopMeter
 from training.monitor import Monitor
 from training.optimizers import make_optimizer
 from training.parallel import agreed, parallelize
-from training.report import write_report
 
 LOST = timedelta(minutes=10)
 """How long a process waits for another before it gives it up for lost."""
@@ -37,7 +36,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not meet
         mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_dir=config.run_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LOST)],
     )
@@ -204,8 +203,6 @@ class Run:
         self.checkpoints.save(
             done, self.wrapped, self.ema, self.optimizer, self.accelerator.scaler, state
         )
-        if self.accelerator.is_main_process:
-            write_report(self.config.run_dir)
 
     def validation(self) -> dict[str, float]:
         """Loss on held-out data of the weights and of each of their averages."""

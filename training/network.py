@@ -60,7 +60,7 @@ class TextToLatents(nn.Module):
         ids = encoder.tokenize([caption])
         return ids[0] if isinstance(encoder, TextEncoders) else ids
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode(self, text: Text) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, L, D] and, of SDXL, pooled embeddings [B, P].
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from latentdiff.errors import InputError
 from latentdiff.models.blocks import BasicTransformerBlock
@@ -188,7 +189,7 @@ def parallelize(
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for modules in _called_alone(network):
         fully_shard(modules, mesh=mesh, mp_policy=alone)
-    for unit in _units(network, unit_parameters):
+    for unit in (*_units(network, unit_parameters), *_called_whole(network)):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     # Shards again after forward, or they would still be whole when weights are averaged or saved.
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -219,6 +220,13 @@ def _called_alone(network: nn.Module) -> Iterator[list[nn.Module]]:
                 owner, _, last = name.rpartition(".")
                 if hasattr(module.get_submodule(owner), last):
                     yield [module.get_submodule(name)]
+
+
+def _called_whole(network: nn.Module) -> Iterator[nn.Module]:
+    """The network's children, which samples are drawn with: U-Net and text encoders."""
+    for child in network.children():
+        if isinstance(child, UNet | PreTrainedModel):
+            yield child
 
 
 def _units(module: nn.Module, largest: int) -> Iterator[nn.Module]:
