@@ -82,8 +82,6 @@ class TextToImage:
         if offload_to is None:
             parts.autoencoder.to(self._device)
             parts.text_encoder.to(self._device)
-        for network in (parts.unet, parts.autoencoder):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         towers = {name: tower.model for name, tower in parts.towers.items()}
         self.adapters = Adapters({"unet": parts.unet, **towers})
         self._loras: dict[str, Lora] = {}
@@ -105,6 +103,8 @@ class TextToImage:
         With `offload` the networks wait on the CPU and go to `device` one at a time.
         """
         parts = load_model(model, dtype, "cpu" if offload else device, vae, prediction_type)
+        for network in (parts.unet, parts.autoencoder):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loaded = cls(parts, device if offload else None)
         loaded._prediction_type = prediction_type
         return loaded

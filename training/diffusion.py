@@ -101,7 +101,8 @@ class DiffusionProgram:
             attach(self.network, config.lora, config.seed)
         if config.gradient_checkpointing:
             self.network.checkpoint_gradients()
-        self.network.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in (parts.unet, parts.autoencoder):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.empty = self.network.tokenize("")
         self.inputs = {
             "latents": self.latents.digest,

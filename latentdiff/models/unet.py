@@ -256,16 +256,22 @@ class UpBlock(_Block):
         super().__init__(config, level, inputs, "CrossAttn" in config.up_block_types[position])
         self.upsamplers = nn.ModuleList([Upsample2D(widths[level])]) if level > 0 else None
 
-    def forward(self, maps: list[Tensor], time: Tensor, text: Iterator[KeysValues]) -> Tensor:
-        """[B, C, h, w] -> twice that size but in the finest level.
+    def forward(
+        self,
+        maps: list[Tensor],
+        time: Tensor,
+        text: Iterator[KeysValues],
+        size: torch.Size | None,
+    ) -> Tensor:
+        """[B, C, h, w] -> [B, C, *size], the size of the next finer level; None in the finest.
 
-        Takes x and its maps off the end of maps, so that no caller keeps them.
+        maps: those of the way down in their order, then x; it is emptied as they are used.
         """
         x = maps.pop()
         for number in range(len(self.resnets)):
             x = self.resnets[number](torch.cat([x, maps.pop()], dim=1), time)
             x = self.attend(number, x, text)
-        return x if self.upsamplers is None else self.upsamplers[0](x, maps[-1].shape[2:])
+        return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
 
 class UNet(nn.Module):
@@ -396,5 +402,8 @@ class UNet(nn.Module):
             maps += down(maps[-1], time, keys_values)
         maps.append(self.mid_block(maps[-1], time, keys_values))
         for up in self.up_blocks:
-            maps.append(up(maps, time, keys_values))
+            rest = len(maps) - len(up.resnets) - 1
+            # A shard's forward gets a copy of the list: the block's own part is cut off here.
+            maps, own = maps[:rest], maps[rest:]
+            maps.append(up(own, time, keys_values, maps[-1].shape[2:] if maps else None))
         return self.conv_out(F.silu(self.conv_norm_out(maps.pop())))
