@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from latentdiff.config import Config, load_config, load_yaml, parse, read_yaml, save_yaml
 from latentdiff.data.scenes import ScenesConfig
 from latentdiff.errors import InputError
+from training.diffusion import DiffusionConfig
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -275,6 +276,14 @@ def test_accelerate_reads_what_is_for_its_launcher(path: Path) -> None:
     assert launcher.mixed_precision == "no"  # the training configuration says it
     if launcher.distributed_type == DistributedType.FSDP:
         assert launcher.fsdp_config["fsdp_version"] == 2
+
+
+def test_the_readme_shows_a_whole_configuration() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    config = parse(DiffusionConfig, yaml.safe_load(text), "README.md")
+    assert config.lora is not None
+    assert config.images is not None
+    assert config.images.sizes.buckets
 
 
 def test_there_is_a_launcher_for_every_size() -> None:

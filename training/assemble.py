@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
 from latentdiff.checkpoint import ModelParts, load_model
@@ -37,7 +37,9 @@ class PartsConfig(RunConfig):
     """The noise schedule, and what the U-Net predicts."""
     unet: UNetConfig | None = None
     """The network; with init_from it can only be what the model has."""
-    scenes: Path | None = Field(default=None)
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: a third more time for much less memory."""
+    scenes: Path | None = None
     """The scenes' YAML file; the finished model then says what it knows."""
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ from latentdiff.rng import generator, keyed_normal
 from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
 from training.loop import make_accelerator, train
+from training.parallel import refuse_shards
 from training.pictures import grid
 
 
@@ -232,6 +233,7 @@ def latent_moments(
 
 
 def main() -> None:
+    refuse_shards("training.autoencoder")
     config = load_config(AutoencoderConfig)
     accelerator: Accelerator = make_accelerator(config)
     train(AutoencoderProgram(config), config, accelerator)

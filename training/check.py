@@ -29,11 +29,12 @@ from latentdiff.config import load_config
 from latentdiff.data.order import Share
 from latentdiff.errors import run_command
 from latentdiff.rng import keyed_uniform
-from training.config import RunConfig
+from training.config import DTYPES, RunConfig
 from training.diffusion import DiffusionProgram
 from training.faults import NotFiniteError
 from training.loop import Run, make_accelerator
-from training.monitor import DTYPES, Monitor, duration, peak_memory
+from training.monitor import Monitor, duration, peak_memory
+from training.parallel import local
 
 PROGRAMS = ("diffusion", "autoencoder", "clip")
 
@@ -306,7 +307,7 @@ def check_ema(context: Context) -> Iterator[Finding]:
     moved = {
         name.split("/", 1)[0]
         for name, value in context.run.ema.state().items()
-        if not torch.equal(_local(value), _local(context.averages[name]))
+        if not torch.equal(local(value), local(context.averages[name]))
     }
     for decay in context.config.ema_decays:
         yield judged(
@@ -369,13 +370,9 @@ def _optimizer_state(run: Run) -> list[Tensor]:
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
 def _bytes(value: Tensor) -> int:
     """Here."""
-    return _local(value).nbytes
+    return local(value).nbytes
 
 
 def _bytes_of_all(value: Tensor) -> int:

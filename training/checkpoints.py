@@ -10,8 +10,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -128,6 +128,7 @@ class Checkpointer:
             write(self.folder, step, self.snapshot, state)
             prune(self.folder, self.keep)
         except (OSError, SafetensorError) as error:
+            self.error = error
             size = _size(sum(_bytes(tensors) for tensors in self.snapshot.values()))
             self.error = DiskError(
                 f"The checkpoint of step {step} could not be written ({one_line(error)}). See "
@@ -143,7 +144,8 @@ def write(folder: Path, step: int, files: Mapping[str, Tensors], state: dict[str
     target = folder / f"step-{step:06d}"
     if (target / MANIFEST).exists():
         return
-    staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=folder))
+    staged = folder / f".staged-{uuid.uuid4().hex}"
+    staged.mkdir()
     try:
         for name, tensors in files.items():
             save_file(tensors, staged / name)

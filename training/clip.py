@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -25,6 +25,7 @@ from latentdiff.models.text_encoder import TextEncoder
 from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
 from training.loop import make_accelerator, train
+from training.parallel import refuse_shards
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
 
@@ -70,6 +71,15 @@ class ClipConfig(RunConfig):
     """Side of the picture tower's patches in pixels."""
     projection_dim: int = Field(gt=0)
     """Width of the common space."""
+
+    @model_validator(mode="after")
+    def _at_once(self) -> ClipConfig:
+        if self.micro_batch_size is not None:
+            raise ValueError(
+                "micro_batch_size would cut a contrastive batch, whose samples are one another's "
+                "negatives; leave it out"
+            )
+        return self
 
 
 class NearMisses(StepDataset):
@@ -213,6 +223,7 @@ class ClipProgram:
 
 
 def main() -> None:
+    refuse_shards("training.clip")
     config = load_config(ClipConfig)
     accelerator = make_accelerator(config)
     train(ClipProgram(config), config, accelerator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from PIL import Image
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
 from latentdiff.config import Config
 from latentdiff.data.order import Share
 from training.optimizers import OptimizerConfig
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What mixed_precision computes in."""
 
 Precision = Annotated[
     Literal["no", "bf16", "fp16"],
@@ -37,8 +40,6 @@ class RunConfig(Config):
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Samples per process and forward pass; gradients accumulate until batch_size is reached. All
     of a process's share at once by default."""
-    gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: a third more time for much less memory."""
     checkpoint_every: int = Field(gt=0)
     """Steps between checkpoints."""
     checkpoints_kept: int = Field(default=2, gt=0)
@@ -59,10 +60,19 @@ class RunConfig(Config):
     """Arithmetic of the network; weights stay fp32."""
     compile: bool = False
     """Compile the network (torch.compile): slower start, faster steps."""
-    ema_decays: tuple[float, ...] = Field(default=(0.999,), min_length=1)
+    ema_decays: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        default=(0.999,), min_length=1
+    )
     """Decays of the averaged weights; samples and the finished model come from the first."""
     optimizer: OptimizerConfig
     """The optimizer and its learning rate."""
+
+    @field_validator("ema_decays")
+    @classmethod
+    def _once(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(decays)) < len(decays):
+            raise ValueError("each decay once")
+        return decays
 
     @property
     def validation_interval(self) -> int:
@@ -81,6 +91,8 @@ class StepLosses:
     """The loss of each sample [B], where it is one for each."""
     position: Tensor | None = None
     """Where on the noise schedule each sample lies, [B] in [0, 1)."""
+    samples: Sequence[int] = ()
+    """Their numbers in the data set."""
 
 
 class Program(Protocol):

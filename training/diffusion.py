@@ -49,7 +49,7 @@ class DiffusionConfig(PartsConfig):
     validation_cache: str | None = None
     """A cache of held-out samples, whose loss is logged; none by default."""
     validation_samples: int = Field(default=256, gt=0)
-    """How many of them, the first ones."""
+    """How many of them, in whole batches of batch_size."""
     train_text_encoder: bool = False
     """Whether the text encoder learns along with the U-Net, or its LoRA does."""
     lora: LoRAConfig | None = None
@@ -93,12 +93,18 @@ class DiffusionProgram:
         self.held_out: Latents | None = None
         if config.validation_cache is not None:
             self.held_out = self.open_cache(config.validation_cache, VALIDATION_SEED)
+            counts = self.held_out.counts
+            self.held_out_plan = Plan(VALIDATION_SEED, counts, config.batch_size)
         if config.evaluate_every and parts.vocabulary is None:
             raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
         self.network = TextToLatents(parts, config.train_text_encoder)
+        text, base = (
+            tensors_digest(network.state_dict()) for network in (parts.text_encoder, parts.unet)
+        )
         if config.lora is not None:
             attach(self.network, config.lora, config.seed)
+        self.network.freeze_unused()
         if config.gradient_checkpointing:
             self.network.checkpoint_gradients()
         for network in (parts.unet, parts.autoencoder):
@@ -106,8 +112,8 @@ class DiffusionProgram:
         self.empty = self.network.tokenize("")
         self.inputs = {
             "latents": self.latents.digest,
-            "text encoder": tensors_digest(parts.text_encoder.state_dict()),
-        }
+            "text encoder": text,
+        } | ({} if config.lora is None else {"U-Net": base})
 
     def open_cache(self, url: str, seed: int) -> CachedLatents:
         config = self.config
@@ -133,7 +139,7 @@ class DiffusionProgram:
 
     def losses(self, forward: Callable[..., Any], batch: Batch, device: torch.device) -> StepLosses:
         loss, position = self.loss_of(forward, batch, device, self.config.objective)
-        return StepLosses(loss.mean(), per_sample=loss.detach(), position=position)
+        return StepLosses(loss.mean(), {}, loss.detach(), position, batch.samples)
 
     def loss_of(
         self,
@@ -160,7 +166,7 @@ class DiffusionProgram:
         if self.held_out is None:
             return None
         size, plain = self.config.batch_size, ObjectiveConfig(caption_dropout=0)
-        plan = Plan(VALIDATION_SEED, self.held_out.counts, size)
+        plan = self.held_out_plan
         steps = range(min(plan.steps_per_epoch, -(-self.config.validation_samples // size)))
         losses = [
             self.loss_of(forward, batch, device, plain)[0]
@@ -178,7 +184,8 @@ class DiffusionProgram:
     def draw(
         self, prompts: list[str], seeds: list[int], device: torch.device, each: int = 1
     ) -> list[Image.Image]:
-        """`each` pictures of each prompt, with all networks on the device meanwhile."""
+        """`each` pictures of each prompt; where a cache serves, the VAE waits on the CPU."""
+        place = next(self.parts.autoencoder.parameters()).device
         self.parts.autoencoder.to(device)
         pictures = TextToImage(self.parts).generate(
             prompts,
@@ -186,6 +193,7 @@ class DiffusionProgram:
             guidance_scale=self.config.sample_guidance_scale,
             seed=seeds,
         )
+        self.parts.autoencoder.to(place)
         assert isinstance(pictures, list)
         return pictures
 

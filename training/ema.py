@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from training.parallel import local
 
 
 class EMA:
@@ -29,10 +30,10 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1)."""
-        parameters = [_local(parameter).float() for parameter in self.parameters.values()]
+        parameters = [local(parameter).float() for parameter in self.parameters.values()]
         for decay, average in self.averages.items():
             weight = 1 - min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_([_local(value) for value in average.values()], parameters, weight)
+            torch._foreach_lerp_([local(value) for value in average.values()], parameters, weight)
 
     @contextmanager
     def weights_in(self, index: int = 0) -> Iterator[nn.Module]:
@@ -62,9 +63,3 @@ class EMA:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-
-
-def _local(values: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here, sharing its memory."""
-    values = values.detach()
-    return values.to_local() if isinstance(values, DTensor) else values

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import write_json
-from training.config import RunConfig
+from latentdiff.model_files import staged_file, write_json
+from training.config import RunConfig, StepLosses
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take a machine back."""
@@ -73,6 +72,10 @@ class Agreement:
         return self.stop
 
 
+FAULT = "fault.json"
+"""What stopped a run, in its directory."""
+
+
 class Unreadable:
     """The list of samples that could not be read, run_dir/unreadable.jsonl, over all processes."""
 
@@ -81,8 +84,12 @@ class Unreadable:
         self.accelerator = accelerator
         self.known: set[int] = set()
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.known = {json.loads(line)["sample"] for line in lines}
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
+            self.known = {json.loads(line)["sample"] for line in whole}
+            if accelerator.is_main_process and whole != lines:
+                with staged_file(self.path) as staged:
+                    staged.write_text("".join(whole), encoding="utf-8")
         self.told = 0
 
     def update(self, found: dict[int, str]) -> None:
@@ -111,28 +118,27 @@ class NotFiniteError(FloatingPointError):
 
 
 def report_not_finite(
-    config: RunConfig, step: int, figures: dict[str, Any], network: nn.Module, is_main: bool
+    config: RunConfig, step: int, taken: Sequence[StepLosses], accelerator: Accelerator
 ) -> NotFiniteError:
-    """Write run_dir/fault.json and make the error to raise.
+    """Write run_dir/fault.json and make the error to raise; called by every process.
 
-    step: the optimizer step, from 0, that was not taken.
+    step: the optimizer step, from 0, that was not taken. taken: this process's micro-batches.
     """
-    path = config.run_dir / "fault.json"
-    broken = [
-        name
-        for name, parameter in network.named_parameters()
-        if parameter.grad is not None and not torch.isfinite(_local(parameter.grad)).all()
+    path = config.run_dir / FAULT
+    mine = [
+        {
+            "process": accelerator.process_index,
+            "samples": list(losses.samples),
+            "loss": losses.loss.item(),
+            "per_sample": [] if losses.per_sample is None else losses.per_sample.tolist(),
+        }
+        for losses in taken
     ]
-    if is_main:
-        write_json({"step": step, "gradients_not_finite": broken} | figures, path)
+    micro_batches = gather_object(mine)
+    if accelerator.is_main_process:
+        write_json({"step": step, "micro_batches": micro_batches}, path)
     return NotFiniteError(
-        f"The loss or its gradient is not finite at step {step}, which was not taken. {path} says "
-        "where; the newest checkpoint is from before. Lower the learning rate, or change the "
-        "precision or the data that is to blame, and give the same command again."
+        f"The loss or its gradient is not finite at step {step}, which was not taken. {path} has "
+        "the losses of its samples; the newest checkpoint is from before. Lower the learning rate, "
+        "or change the precision or the data that is to blame, and give the same command again."
     )
-
-
-def _local(values: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here."""
-    local = getattr(values, "to_local", None)
-    return values if local is None else local()

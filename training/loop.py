@@ -22,14 +22,24 @@ from latentdiff.model_files import staged_directory, staged_file
 from training.checkpoints import Checkpointer, load
 from training.config import Program, RunConfig, StepLosses
 from training.ema import EMA
-from training.faults import STOPPED, Agreement, Unreadable, report_not_finite, stop_on_signals
+from training.faults import (
+    FAULT,
+    STOPPED,
+    Agreement,
+    Unreadable,
+    report_not_finite,
+    stop_on_signals,
+)
 from training.flops import FlopMeter
 from training.monitor import Monitor
 from training.optimizers import make_optimizer
 from training.parallel import agreed, parallelize
 
-LOST = timedelta(minutes=10)
+LOST = timedelta(minutes=30)
 """How long a process waits for another before it gives it up for lost."""
+
+SMALLEST_SCALE = 2.0**-10
+"""fp16's loss scale below which gradients that are not finite have another cause."""
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -107,6 +117,7 @@ class Run:
             return
         if accelerator.is_main_process:
             config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / FAULT).unlink(missing_ok=True)
             save_yaml(config, config.run_dir / "config.yaml")
         self.unreadable = Unreadable(config, accelerator)
         with Monitor(config, accelerator, self.start, self.meter) as self.monitor:
@@ -135,15 +146,15 @@ class Run:
             for step, micro_batches in zip(steps, self.monitor.timed(batches), strict=True):
                 self.step(step, micro_batches)
                 done = step + 1
-                stop = agreement.tell(asked.asked) and done < config.max_steps
-                self.after(done, last=stop or done == config.max_steps)
-                if stop:
+                if agreement.tell(asked.asked) and done < config.max_steps:
+                    self.save(done)  # and nothing else: what told it to stop does not wait long
                     return True
+                self.after(done, last=done == config.max_steps)
         return False
 
     def step(self, step: int, micro_batches: list[Any]) -> None:
         """One optimizer step, number `step` from 0: Algorithm 1, lines 2 to 5, over the batch."""
-        config, accelerator, network = self.config, self.accelerator, self.program.network
+        config, accelerator = self.config, self.accelerator
         share = 1 / len(micro_batches)
         taken: list[StepLosses] = []
         for number, batch in enumerate(micro_batches, 1):
@@ -154,17 +165,8 @@ class Run:
             taken.append(losses)
         accelerator.unscale_gradients(self.prepared)
         norm = self.wrapped.clip_grad_norm(config.optimizer.max_grad_norm)
-        loss = torch.stack([losses.loss.detach() for losses in taken]).mean()
-        scaled = accelerator.scaler is not None  # fp16 skips steps whose gradients overflow
-        if not torch.isfinite(loss if scaled else loss + norm):
-            figures = {
-                "loss": [losses.loss.item() for losses in taken],
-                "per_sample": [
-                    losses.per_sample.tolist() for losses in taken if losses.per_sample is not None
-                ],
-                "grad_norm": float(norm),
-            }
-            raise report_not_finite(config, step, figures, network, accelerator.is_main_process)
+        if not torch.isfinite(norm) and self.overflows_too_often():
+            raise report_not_finite(config, step, taken, accelerator)
         rate = config.optimizer.rate(step, config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
@@ -173,12 +175,21 @@ class Run:
         self.ema.update(step + 1)
         self.monitor.step(taken, norm, rate)
 
+    def overflows_too_often(self) -> bool:
+        """Whether a gradient that is not finite is more than fp16's, whose step is left out while
+        the scale of the loss falls.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is None or scaler.get_scale() < SMALLEST_SCALE
+
     def after(self, done: int, last: bool) -> None:
         """What is due when `done` steps are taken: log, validate, evaluate, sample, save."""
         config, accelerator = self.config, self.accelerator
         if last or done % config.log_every == 0:
             self.unreadable.update(self.program.unreadable)
             self.monitor.log(done)
+        if last or done % config.checkpoint_every == 0:
+            self.save(done)  # first: what fails below is tried again from here
         with self.monitor.pause():
             if last or done % config.validation_interval == 0:
                 self.monitor.record(done, self.validation())
@@ -191,8 +202,6 @@ class Run:
                     picture = self.program.samples(accelerator.device)
                 if accelerator.is_main_process:
                     save_samples(picture, config.run_dir, done)
-            if last or done % config.checkpoint_every == 0:
-                self.save(done)
 
     def save(self, done: int) -> None:
         state = {

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.errors import InputError
 from latentdiff.model_files import staged_file
-from training.config import RunConfig, StepLosses
+from training.config import DTYPES, RunConfig, StepLosses
 from training.flops import FlopMeter, peak_flops
 from training.report import METRICS, write_report
 
@@ -31,8 +31,6 @@ REPORT_SHARE = 0.01
 """The page is written as often as costs at most this share of the time."""
 
 T = TypeVar("T")
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Monitor:

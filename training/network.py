@@ -41,11 +41,33 @@ class TextToLatents(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> TextToLatents:
-        """A frozen text encoder keeps out of it: T5 and BERT have dropout."""
+        """CLIP keeps to it where it is trained. What has dropout (T5, BERT, GPT-2) does not, which
+        would be drawn from a global generator.
+        """
         super().train(mode)
         for tower in self.parts[0].towers.values():
-            tower.model.train(mode and self.train_text_encoder)
+            tower.model.train(mode and self.train_text_encoder and tower.reads_chunks)
         return self
+
+    def freeze_unused(self) -> None:
+        """Exclude from training what of a text encoder the U-Net does not see: the layers after
+        SDXL's penultimate, BERT's pooler. Gradients that never come keep processes waiting.
+        """
+        trained = [
+            parameter
+            for tower in self.parts[0].towers.values()
+            for parameter in tower.model.parameters()
+            if parameter.requires_grad
+        ]
+        if not trained:
+            return
+        ids = self.tokenize("")[None]
+        nowhere = torch.zeros(1, 6), torch.zeros(1, dtype=torch.bool)
+        hidden, pooled = self.encode(Text(ids, *nowhere))
+        seen = hidden.sum() if pooled is None else hidden.sum() + pooled.sum()
+        gradients = torch.autograd.grad(seen, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside blocks: compute them anew in the backward pass."""

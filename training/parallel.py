@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from latentdiff.errors import InputError
 from latentdiff.models.blocks import BasicTransformerBlock
 from latentdiff.models.unet import UNet
-
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from training.config import DTYPES
 
 UNIT_PARAMETERS = 50_000_000
 """The most parameters that are whole at once on a device, where blocks allow it."""
@@ -181,9 +180,10 @@ def parallelize(
             "The launcher asks for FSDP 1; say fsdp_version: 2 in accelerate's config."
         )
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    policy = MixedPrecisionPolicy(DTYPES[mixed_precision], torch.float32, cast_forward_inputs=False)
+    dtype = DTYPES[mixed_precision]
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     # Outside of forward nothing casts for them.
-    alone = MixedPrecisionPolicy(DTYPES[mixed_precision], torch.float32)
+    alone = MixedPrecisionPolicy(dtype, torch.float32)
     # Keys and values are views of what to_k and to_v give; nothing changes them in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLinear\) returned a view")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -195,7 +195,7 @@ def parallelize(
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # Now, for UNet.condition may come before the first forward.
     fully_shard.state(network)._lazy_init()  # type: ignore[attr-defined]
-    if DTYPES[mixed_precision] is not None:
+    if dtype != torch.float32:
         forward = network.forward
 
         def autocast(*args: Any, **kwargs: Any) -> Any:
@@ -204,6 +204,21 @@ def parallelize(
 
         network.forward = convert_outputs_to_fp32(autocast)  # type: ignore[method-assign]
     return Wrapped(network, network, accelerator)
+
+
+def refuse_shards(program: str) -> None:
+    """Raises InputError when the launcher asks for FSDP and `program` is made for replicas."""
+    if _flag("ACCELERATE_USE_FSDP"):
+        raise InputError(
+            f"{program} trains small networks and does not shard them; launch it without FSDP, as "
+            "configs/accelerate/multi_gpu.yaml does."
+        )
+
+
+def local(values: Tensor) -> Tensor:
+    """What is here of a sharded tensor, or the tensor, sharing its memory."""
+    values = values.detach()
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
 def _flag(name: str) -> bool:

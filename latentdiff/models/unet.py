@@ -402,7 +402,7 @@ class UNet(nn.Module):
             maps += down(maps[-1], time, keys_values)
         maps.append(self.mid_block(maps[-1], time, keys_values))
         for up in self.up_blocks:
-            rest = len(maps) - len(up.resnets) - 1
+            rest = len(maps) - self.config.layers_per_block - 2
             # A shard's forward gets a copy of the list: the block's own part is cut off here.
             maps, own = maps[:rest], maps[rest:]
             maps.append(up(own, time, keys_values, maps[-1].shape[2:] if maps else None))

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -25,6 +28,7 @@ from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal, keyed_uniform
 from training.assemble import TEXT_GAIN
 from training.config import seeded
+from training.diffusion import LORA_FILE
 from training.network import Text
 
 CPU = torch.device("cpu")
@@ -316,8 +320,97 @@ def test_it_conditions_on_bert_as_well(tiny_chain: Any, tmp_path: Path) -> None:
     tiny_chain.run(
         "cache_latents", run_dir=cache, source__count=16, shard_size=8, batch_size=4, **text
     )
-    few = {"max_steps": 2, "checkpoint_every": 2, "sample_every": 2, "batch_size": 4}
-    tiny_chain.run("diffusion", run_dir=tmp_path / "run", cache=cache, **few, **text)
+    options = few(batch_size=4, run_dir=tmp_path / "run", cache=cache, train_text_encoder=True)
+    program = tiny_chain.program("diffusion", **options, **text)
+    bert = program.parts.text_encoder.model
+    unseen = {name for name, parameter in bert.named_parameters() if not parameter.requires_grad}
+    assert unseen == {"pooler.dense.weight", "pooler.dense.bias"}
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    tiny_chain.train(program)
+    layer = "encoder.layer.0.output.dense.weight"
+    assert not bert.state_dict()[layer].equal(before[layer])
     model = TextToImage.load(tmp_path / "run" / "model")
     assert type(model.parts.text_encoder.model).__name__ == "BertModel"
     assert model.generate("a red fox", num_inference_steps=1).size == (64, 64)
+
+
+def few(**more: Any) -> dict[str, Any]:
+    return {"max_steps": 2, "checkpoint_every": 2, "sample_every": 2} | more
+
+
+# A LoRA
+
+
+def test_a_lora_of_unet_and_text_encoder(tiny_chain: Any, tmp_path: Path) -> None:
+    """Trained on a finished model, resumed, and loaded onto it by the pipeline."""
+    base = tmp_path / "base"
+    tiny_chain.program("diffusion").finish(base, CPU)
+    options = few(
+        run_dir=tmp_path / "lora",
+        init_from=base,
+        train_text_encoder=True,
+        lora__rank=2,
+        optimizer__learning_rate=0.05,
+        optimizer__text_encoder_learning_rate=0.02,
+    )
+    tiny_chain.run("diffusion", **options)
+    (checkpoint,) = (tmp_path / "lora" / "checkpoints").iterdir()
+    assert all("lora_" in name for name in load_file(checkpoint / "network.safetensors"))
+    tiny_chain.run("diffusion", **(options | {"max_steps": 4}))
+    program = tiny_chain.program("diffusion", **options)
+    ema = load_file(tmp_path / "lora" / "checkpoints" / "step-000004" / "ema.safetensors")
+    weights = {name.partition("/")[2]: value for name, value in ema.items()}
+    program.network.load_state_dict(weights, strict=False)
+    (picture,) = program.draw(["a fox"], [3], CPU)
+    model = TextToImage.load(base)
+    settings = {"seed": 3, "guidance_scale": 4.0}
+    plain = model.generate("a fox", **settings)
+    model.load_lora(tmp_path / "lora" / "model" / LORA_FILE)
+    adapted = model.generate("a fox", **settings)
+    assert np.abs(np.asarray(adapted, int) - np.asarray(plain, int)).max() > 8
+    assert np.abs(np.asarray(adapted, int) - np.asarray(picture, int)).max() <= 3
+
+
+def test_a_lora_on_another_base_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        tiny_chain.program("diffusion", seed=seed).finish(tmp_path / name, CPU)
+    options = few(run_dir=tmp_path / "lora", lora__rank=2)
+    tiny_chain.run("diffusion", init_from=tmp_path / "a", **options)
+    with pytest.raises(InputError, match="learned from another U-Net"):
+        tiny_chain.train(
+            tiny_chain.program(
+                "diffusion", init_from=tmp_path / "b", **(options | {"max_steps": 4})
+            )
+        )
+
+
+# Without a cache
+
+
+def test_it_trains_straight_from_pictures(tiny_chain: Any, tmp_path: Path) -> None:
+    """In buckets, with one picture that is cut off in the middle."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(16):
+        size = (64, 64) if number % 2 else (48, 96)
+        pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text("a red fox")
+    broken = folder / "05.png"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    options = few(max_steps=8, log_every=2, batch_size=4, cache="null")
+    options |= {
+        "run_dir": tmp_path / "run",
+        "images__source__type": "folder",
+        "images__source__path": folder,
+        "images__sizes__resolution": 64,
+        "images__sizes__buckets": True,
+        "images__sizes__step": 16,
+        "images__flip": True,
+    }
+    tiny_chain.run("diffusion", **options)
+    listed = [json.loads(line) for line in (tmp_path / "run" / "unreadable.jsonl").open()]
+    assert len(listed) == 1
+    assert "damaged" in listed[0]["reason"]
+    assert TextToImage.load(tmp_path / "run" / "model").generate("a fox").size == (64, 64)

@@ -83,7 +83,8 @@ class Denoising:
         batch = batch.contiguous(memory_format=torch.channels_last)
         loss = (forward(batch) - batch / 2).square().mean(dim=(1, 2, 3))
         position = torch.linspace(0, 0.99, len(batch))
-        return StepLosses(loss.mean(), {"twice": 2 * loss.mean().detach()}, loss.detach(), position)
+        twice = {"twice": 2 * loss.mean().detach()}
+        return StepLosses(loss.mean(), twice, loss.detach(), position, range(len(batch)))
 
     def validation(
         self, forward: Callable[..., Any], device: torch.device, share: Share
@@ -347,8 +348,8 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(
     assert not (tmp_path / "model").exists()
     fault = json.loads((tmp_path / "fault.json").read_text())
     assert fault["step"] == 7
-    names = [name for name, _ in program.network.named_parameters()]
-    assert fault["gradients_not_finite"] == names
+    assert fault["micro_batches"][0]["samples"] == [0, 1, 2, 3, 4, 5]
+    assert len(fault["micro_batches"][0]["per_sample"]) == 6
     for name, value in program.network.named_parameters():
         assert value.isfinite().all(), name  # the step was not taken
     assert last(tmp_path).name == f"step-{7 // every * every:06d}"
