@@ -15,6 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from latentdiff.errors import InputError
 from latentdiff.model_files import staged_file, sync
 
@@ -22,7 +25,7 @@ LOCAL_BYTES = 64 << 30
 """Of the local copy of a URL's files, by default."""
 MAX_READ_BYTES = 256 << 20
 """Of a file that is read whole."""
-HELD = 4
+HELD = 24
 """Files that a process asked for last, which nothing deletes from the local copy."""
 ATTEMPTS = 5
 """How often something is asked of a server before it is given up."""
@@ -32,6 +35,10 @@ IDENTITY = ("size", "ETag", "etag", "md5Hash", "Last-Modified", "LastModified", 
 """What file systems say of a file that changes when it is written anew."""
 
 T = TypeVar("T")
+
+
+class UnusableFileError(InputError):
+    """A store lacks a file, or it is damaged."""
 
 
 class Store:
@@ -123,13 +130,25 @@ class Store:
                 content = file.read(max_bytes + 1)
         else:
             fs, remote = self._remote(name)
-            size = self._ask(name, lambda: fs.info(remote)).get("size") or 0
+            size = self._ask(name, lambda: fs.info(remote)).get("size")
             content = b" " * (max_bytes + 1)
-            if size <= max_bytes:
+            if size is None:  # a server that does not say
+                content = self._ask(name, lambda: _begin(fs, remote, max_bytes + 1))
+            elif size <= max_bytes:
                 content = self._ask(name, lambda: fs.cat_file(remote))
         if len(content) > max_bytes:
             raise InputError(f"{self.url}/{name} is larger than {max_bytes} bytes, not genuine.")
         return content
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file, all of it or some columns. Raises UnusableFileError."""
+        path = self.local(name)
+        try:
+            return pq.read_table(path, columns=columns)
+        except (OSError, EOFError, KeyError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise  # the system's; Arrow's own, of what it cannot parse, have no number
+            raise UnusableFileError(f"{self.url}: {name} is missing or damaged.") from None
 
     def write(self, name: str, content: bytes | Path) -> None:
         """Write a file whole or not at all, in the place of an earlier one.
@@ -175,8 +194,10 @@ class Store:
                 f"{self.url}/{name} is refused ({error}); give this process credentials for it."
             ) from None
 
-    def _lacks(self, name: str) -> InputError:
-        return InputError(f"{self.url} holds no file {name}; look at the path, or make it again.")
+    def _lacks(self, name: str) -> UnusableFileError:
+        return UnusableFileError(
+            f"{self.url} holds no file {name}; look at the path, or make it again."
+        )
 
 
 class LocalCopy:
@@ -261,6 +282,16 @@ def _get(fs: Any, remote: str, target: Path, size: int) -> None:
     fs.get_file(remote, str(target))
     if size and target.stat().st_size != size:
         raise OSError(f"{remote} came in part: {target.stat().st_size} of {size} bytes")
+
+
+def _begin(fs: Any, remote: str, size: int) -> bytes:
+    """The first bytes of a file, of which no more is fetched."""
+    with fs.open(remote, "rb") as file:
+        pieces, left = [], size
+        while left and (piece := file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+    return b"".join(pieces)
 
 
 def _retried(request: Callable[[], T]) -> T:

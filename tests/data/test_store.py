@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import http.server
+import io
 import multiprocessing
 import os
 import pickle
@@ -16,18 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from latentdiff.data import store as store_module
-from latentdiff.data.store import HELD, LocalCopy, Store
+from latentdiff.data.store import LocalCopy, Store
 from latentdiff.errors import InputError
+
+HELD = 4
 
 forked = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_pauses_and_few_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "HELD", HELD)
     monkeypatch.setattr(store_module, "PAUSE", 0.0)
 
 
@@ -246,6 +252,38 @@ def test_a_network_that_fails_is_not_an_absent_file(
     monkeypatch.setattr(MemoryFileSystem, "info", info)
     with pytest.raises(ConnectionResetError):
         Store(memory, tmp_path).exists("name")
+
+
+def test_of_a_file_of_unknown_length_no_more_is_fetched_than_may_be(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(memory, tmp_path)
+    store.write("name", b"x" * 100)
+    real = MemoryFileSystem.info
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda fs, path: real(fs, path) | {"size": None})
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", None)
+    assert store.read_bytes("name", max_bytes=100) == b"x" * 100
+    read: list[int] = []
+    begin = store_module._begin
+    monkeypatch.setattr(
+        store_module, "_begin", lambda *asked: read.append(len(got := begin(*asked))) or got
+    )
+    with pytest.raises(InputError, match="larger than 9 bytes"):
+        store.read_bytes("name", max_bytes=9)
+    assert read == [10]
+
+
+def test_tables_are_read_or_said_to_be_damaged(url: str, tmp_path: Path) -> None:
+    store = Store(url, tmp_path / "local")
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": [1, 2], "b": [3, 4]}), sink)
+    store.write("whole", sink.getvalue())
+    assert store.read_table("whole", ["b"]).to_pydict() == {"b": [3, 4]}
+    store.write("cut", sink.getvalue()[:-1])
+    store.write("thrift", sink.getvalue()[:-12] + b"\xff" * 4 + sink.getvalue()[-8:])
+    for name in ("cut", "thrift", "absent"):
+        with pytest.raises(store_module.UnusableFileError, match=name):
+            store.read_table(name)
 
 
 # The local copy.
