@@ -38,11 +38,16 @@ CPU = torch.device("cpu")
 def program(tiny_chain: Any) -> Any:
     """Every weight random, so that noise, timestep and caption all show in the loss."""
     program = tiny_chain.program("diffusion", objective__caption_dropout=0.5)
+    randomize(program.network)
+    return program
+
+
+def randomize(network: nn.Module) -> None:
+    """The prediction's weights too, which start at zero."""
     with seeded(0), torch.no_grad():
-        for parameter in program.network.parameters():
+        for parameter in network.parameters():
             if parameter.dim() > 1:
                 nn.init.kaiming_uniform_(parameter)
-    return program
 
 
 def batch(program: Any, epoch: int, samples: list[int]) -> Any:
@@ -344,14 +349,16 @@ def few(**more: Any) -> dict[str, Any]:
 def test_a_lora_of_unet_and_text_encoder(tiny_chain: Any, tmp_path: Path) -> None:
     """Trained on a finished model, resumed, and loaded onto it by the pipeline."""
     base = tmp_path / "base"
-    tiny_chain.program("diffusion").finish(base, CPU)
+    whole = tiny_chain.program("diffusion")
+    randomize(whole.network)
+    whole.finish(base, CPU)
     options = few(
         run_dir=tmp_path / "lora",
         init_from=base,
         train_text_encoder=True,
         lora__rank=2,
-        optimizer__learning_rate=0.05,
-        optimizer__text_encoder_learning_rate=0.02,
+        optimizer__learning_rate=0.5,
+        optimizer__text_encoder_learning_rate=0.1,
     )
     tiny_chain.run("diffusion", **options)
     (checkpoint,) = (tmp_path / "lora" / "checkpoints").iterdir()
@@ -367,8 +374,8 @@ def test_a_lora_of_unet_and_text_encoder(tiny_chain: Any, tmp_path: Path) -> Non
     plain = model.generate("a fox", **settings)
     model.load_lora(tmp_path / "lora" / "model" / LORA_FILE)
     adapted = model.generate("a fox", **settings)
-    assert np.abs(np.asarray(adapted, int) - np.asarray(plain, int)).max() > 8
-    assert np.abs(np.asarray(adapted, int) - np.asarray(picture, int)).max() <= 3
+    assert np.abs(np.asarray(adapted, int) - np.asarray(plain, int)).max() > 4
+    assert np.abs(np.asarray(adapted, int) - np.asarray(picture, int)).max() <= 2
 
 
 def test_a_lora_on_another_base_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
