@@ -2,14 +2,16 @@
 
     accelerate launch -m training.cache_latents --config configs/emoji/cache_latents.yaml
 
-Killed anywhere, the same command continues. Every process writes shards of its own and never waits
-for another; whoever finds all shards written makes the cache whole.
+Killed anywhere, the same command continues. Every process writes shards of its own, then what is
+missing of the others', and never waits; the first to find all shards written makes the cache whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,29 +28,30 @@ from transformers import PreTrainedTokenizerBase
 
 from latentdiff.config import Config, load_config
 from latentdiff.data.buckets import SizesConfig, fit, size_conditioning
-from latentdiff.data.cache import MANIFEST, CacheKey, LatentCache, Shard
+from latentdiff.data.cache import CacheKey, LatentCache, Shard
 from latentdiff.data.cache_files import (
     READABLE,
     ShardRecords,
     check_readable,
     finish,
+    is_whole,
+    is_written,
     missing_shards,
     prepare,
     write_shard,
 )
-from latentdiff.data.decode import UnreadableImage
+from latentdiff.data.decode import UnreadableImage, decode
 from latentdiff.data.images import ImageTextSource, SourceConfig, open_source
 from latentdiff.data.scan import Scan, scan
 from latentdiff.data.store import Store
 from latentdiff.data.tokens import tokenize, tokenizers_digest
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
-from training.config import Precision
-from training.data import to_network
+from training.config import DTYPES, Precision
+from training.data import launched, to_network
 from training.encoder import encoder_digest, load_encoder
 
 PREPROCESSING = "Lanczos, centre crop"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CacheConfig(Config):
@@ -127,8 +130,12 @@ class Pictures(Dataset):  # type: ignore[type-arg]
         row, shape = place
         caption, digest = self.source.caption(row), None
         try:
-            digest = self.source.sha256(row)
-            picture = self.source.image(row)
+            raw = self.source.raw(row)
+            if raw is None:
+                picture = self.source.image(row)
+            else:
+                digest = hashlib.sha256(raw).hexdigest()
+                picture = decode(raw)
         except UnreadableImage as error:
             return Picture(row, caption, digest, error.reason)
         image, top, left = fit(picture, shape)
@@ -250,8 +257,7 @@ def cache_key(
 
 def place() -> tuple[int, int, torch.device]:
     """(rank, processes, device) as accelerate's launcher says; the processes do not meet."""
-    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0)
-    processes = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
+    rank, processes = launched()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return rank, processes, torch.device("cpu")
@@ -260,7 +266,7 @@ def place() -> tuple[int, int, torch.device]:
 
 
 def batches(
-    source: ImageTextSource, scanned: Scan, shards: list[Shard], config: CacheConfig
+    source: ImageTextSource, scanned: Scan, shards: Iterable[Shard], config: CacheConfig
 ) -> Iterator[Batch]:
     """The pictures of the shards, in pieces of batch_size that never span two."""
 
@@ -281,6 +287,16 @@ def batches(
     )
 
 
+def in_turn(missing: list[int], rank: int, processes: int) -> list[int]:
+    """A process's own of the missing shards, then the others': from the end, which their owners
+    come to last, and begun elsewhere by each process, so that idle ones take different ones.
+    """
+    mine = [number for number in missing if number % processes == rank]
+    others = [number for number in reversed(missing) if number % processes != rank]
+    start = len(others) * rank // processes
+    return mine + others[start:] + others[:start]
+
+
 def encode_missing(
     encoder: Encoder,
     source: ImageTextSource,
@@ -290,21 +306,28 @@ def encode_missing(
     rank: int,
     processes: int,
 ) -> None:
-    """Write this process's share of the shards that are still missing.
+    """Write this process's share of the shards that are still missing, then what others lack.
 
     Raises InputError as soon as too many pictures are unreadable.
     """
     shards = encoder.key.shards(scanned.counts)
-    mine = [n for n in missing_shards(store, shards) if n % processes == rank]
-    made = batches(source, scanned, [shards[number] for number in mine], config)
+    begun: deque[int] = deque()
+
+    def missing() -> Iterator[Shard]:
+        for number in in_turn(missing_shards(store, len(shards)), rank, processes):
+            if not is_written(store, number):  # by another process meanwhile
+                begun.append(number)
+                yield shards[number]
+
+    made = batches(source, scanned, missing(), config)
     reasons = scanned.reasons()
-    pictures = sum(shards[number].last - shards[number].first for number in mine)
-    with tqdm(total=pictures, unit="images", disable=rank > 0) as bar:
-        for number in mine:
+    with tqdm(unit="images", disable=rank > 0) as bar:
+        for first in made:
+            number = begun.popleft()
             size = shards[number].last - shards[number].first
-            pieces = itertools.islice(made, -(-size // config.batch_size))
-            records = encoder.records(shards[number], pieces, bar.update)
-            write_shard(store, number, records)
+            rest = itertools.islice(made, -(-size // config.batch_size) - 1)
+            records = encoder.records(shards[number], itertools.chain([first], rest), bar.update)
+            write_shard(store, encoder.key, number, records)
             reasons.update(status for status in records.status if status != READABLE)
             check_readable(reasons, len(source), config.max_unreadable)
 
@@ -334,15 +357,15 @@ def main() -> None:
     if rank == 0:
         values = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         store.write("config.yaml", values.encode())
-    if not store.exists(MANIFEST):
+    if not is_whole(store):
         with tqdm(total=len(source), unit="headers", disable=rank > 0) as bar:
             scan(source, store, rank, processes, bar.update)
         scanned = Scan(source, store, key.shapes)
         check_readable(scanned.reasons(), len(source), config.max_unreadable)
         encoder = Encoder(autoencoder, tokenizers, key, device)
         encode_missing(encoder, source, scanned, store, config, rank, processes)
-        if missing_shards(store, key.shards(scanned.counts)):
-            return  # whichever process is last will finish the cache
+        if is_whole(store):
+            return  # another process was faster
         finish(store, key, scanned, config.max_unreadable)
     elif rank > 0:
         return

@@ -10,13 +10,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from latentdiff.data.decode import UnreadableImage
 from latentdiff.data.order import Plan, Share
+from latentdiff.errors import InputError
 
 T = TypeVar("T")
+
+ATTEMPTS = 100
+"""How many unreadable samples in a row are taken for bad data, and not for a disk that failed."""
 
 Substitute = Callable[[int, int, int], int]
 """(epoch, sample, attempt) -> the sample that takes an unreadable one's place."""
@@ -81,6 +86,11 @@ class _MicroBatches(Dataset):  # type: ignore[type-arg]
                 unreadable[taken] = str(error)
                 if self.substitute is None:
                     raise
+                if attempt >= ATTEMPTS:
+                    raise InputError(
+                        f"None of {ATTEMPTS + 1} samples, {number} and those in its place, can be "
+                        f"read (the last: {error}); look at the data's disk."
+                    ) from None
             taken, attempt = self.substitute(epoch, number, attempt), attempt + 1
 
 
@@ -137,18 +147,19 @@ def prefetch(batches: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     closed = threading.Event()
 
     def work() -> None:
-        iterator = iter(batches)
+        end: BaseException = StopIteration()
         try:
-            for batch in iterator:
-                ready.put((batch, None))
-                if closed.is_set():
-                    break
-            end: BaseException = StopIteration()
+            iterator = iter(batches)
+            try:
+                for batch in iterator:
+                    ready.put((batch, None))
+                    if closed.is_set():
+                        break
+            finally:
+                if isinstance(iterator, Generator):
+                    iterator.close()
         except BaseException as error:
             end = error
-        finally:
-            if isinstance(iterator, Generator):
-                iterator.close()
         ready.put((None, end))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
@@ -167,6 +178,12 @@ def prefetch(batches: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
             with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.01)
         thread.join()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, processes) as accelerate's launcher or MPI says, before the processes meet."""
+    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0)
+    return rank, get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1)
 
 
 def to_network(images: Tensor, device: torch.device) -> Tensor:

@@ -7,21 +7,19 @@ function of; index.parquet and, last of all, manifest.json make the cache whole.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from latentdiff.data.store import LOCAL_BYTES, Store
+from latentdiff.data.store import HELD, LOCAL_BYTES, Store, UnusableFileError
 from latentdiff.errors import InputError
 
 KEY = "key.json"
@@ -30,7 +28,7 @@ INDEX = "index.parquet"
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAPPED = 64
-"""Shards that a reader keeps open."""
+"""Shards that a reader keeps open; of a URL HELD - 1, as the store holds them and the index."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class LatentCache:
     """A finished cache, read by sample number.
 
     Samples are numbered bucket by bucket, unreadable pictures left out. Opening reads the manifest
-    alone, and reading maps shards as they are needed, the least recently used of MAPPED giving way.
+    alone, and reading maps shards as they are needed, the one mapped first giving way.
 
     Args:
         url: a directory or an fsspec URL.
@@ -157,7 +155,9 @@ class LatentCache:
         self._starts = [end - count for end, count in zip(self._ends, rows, strict=True)]
         self._offsets = np.cumsum([0, *self.counts])
         self._first = np.cumsum([0, *map(len, rows)]).tolist()
-        self._shard = functools.lru_cache(maxsize=MAPPED)(self._open)
+        self._most = MAPPED if self.store.folder is not None else HELD - 1
+        self._mapped: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self._guard = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -193,33 +193,54 @@ class LatentCache:
             moments[here] = arrays["moments"][rows[here], mirrored[here]]
             ids[here] = arrays["ids"][rows[here]]
             sizes[here] = arrays["sizes"][rows[here]]
+            del arrays  # what is mapped keeps its disk space
         mean, logvar = torch.from_numpy(moments).float().unbind(dim=1)
         return Records(mean, logvar, torch.from_numpy(ids).long(), torch.from_numpy(sizes).long())
 
     def captions(self) -> list[str]:
         """Every caption in sample order; reads the whole index."""
         try:
-            table = pq.read_table(self.store.local(INDEX), columns=["key", "caption"])
-        except (OSError, ValueError, KeyError, pa.ArrowException):
+            table = self.store.read_table(INDEX, ["key", "caption"])
+        except UnusableFileError:
             raise damaged(self.store, INDEX) from None
         captions: list[str] = table.filter(table["key"].is_valid())["caption"].to_pylist()
         return captions
 
-    def _open(self, bucket: int, shard: int) -> dict[str, np.ndarray]:
-        count = int(self._rows[bucket][shard])
-        return open_shard(self.store, self.key, self._first[bucket] + shard, bucket, count)
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return int(self._first[-1])
+
+    def _shard(self, bucket: int, shard: int) -> dict[str, np.ndarray]:
+        place = bucket, shard
+        with self._guard:
+            if place not in self._mapped:
+                while len(self._mapped) >= self._most:
+                    del self._mapped[next(iter(self._mapped))]
+                number, count = self._first[bucket] + shard, int(self._rows[bucket][shard])
+                self._mapped[place] = open_shard(self.store, self.key, number, bucket, count)
+            return self._mapped[place]
 
 
 def open_shard(
     store: Store, key: CacheKey, number: int, bucket: int, count: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of a shard with `count` records, memory-mapped."""
+    """The arrays of a shard with `count` records, memory-mapped.
+
+    Raises InputError when it is missing, damaged or of another key.
+    """
     name = part_name(number, "safetensors")
     try:
         path = store.local(name)
+    except UnusableFileError:
+        raise damaged(store, name) from None
+    try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        # Shards from before keys were written in them are taken as they are.
+        if header.get("__metadata__", {}).get("key", key.digest) != key.digest:
+            raise ValueError
         data = np.memmap(path, np.uint8, "r")[8 + length :]
         arrays = {}
         for field, (dtype, shape) in key.record_shapes(bucket).items():
@@ -228,11 +249,21 @@ def open_shard(
             if values["dtype"] != STORED[dtype] or values["shape"] != [count, *shape]:
                 raise ValueError
             arrays[field] = data[begin:end].view(dtype).reshape(count, *shape)
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+    except PARSING:
         raise damaged(store, name) from None
     return arrays
 
 
+PARSING = (
+    FileNotFoundError,
+    EOFError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
+"""What reading a damaged file raises; other errors of the system are not the file's."""
 STORED: dict[type[np.generic], str] = {np.float16: "F16", np.int32: "I32"}
 
 
@@ -247,8 +278,9 @@ def read_object(content: bytes, store: Store, name: str) -> dict[str, Any]:
 
 
 def damaged(store: Store, name: str) -> InputError:
-    shard = name.startswith("shard-")
-    whole = f"{name.split('.')[0]}.*" if shard else "the cache"
+    whole = {KEY: "the cache", INDEX: INDEX, MANIFEST: MANIFEST}.get(
+        name, f"{name.split('.')[0]}.*"
+    )
     return InputError(
         f"{store.url}: {name} is missing or damaged; delete {whole} and run training.cache_latents "
         "again."

@@ -22,14 +22,14 @@ from latentdiff.data.cache import (
     KEY,
     MANIFEST,
     CacheKey,
-    Shard,
+    LatentCache,
     damaged,
     open_shard,
     part_name,
     read_object,
 )
 from latentdiff.data.scan import Scan
-from latentdiff.data.store import Store
+from latentdiff.data.store import Store, UnusableFileError
 from latentdiff.errors import InputError
 
 READABLE = "ok"
@@ -77,27 +77,45 @@ def prepare(store: Store, key: CacheKey) -> None:
     Raises InputError when there is another.
     """
     mine = json.loads(json.dumps(asdict(key)))
-    if store.exists(KEY):
-        theirs = read_object(store.read_bytes(KEY), store, KEY)
-        if differing := sorted(name for name in mine if mine[name] != theirs.get(name)):
-            raise InputError(
-                f"{store.url} holds a cache with another {', '.join(differing)}; "
-                "delete it or choose another run_dir."
-            )
-        return
-    store.write(KEY, _dumped(mine))
+    if not store.exists(KEY):
+        store.write(KEY, _dumped(mine))
+    theirs = read_object(store.read_bytes(KEY), store, KEY)  # maybe of one who wrote meanwhile
+    if differing := sorted(name for name in mine if mine[name] != theirs.get(name)):
+        raise InputError(
+            f"{store.url} holds a cache with another {', '.join(differing)}; "
+            "delete it or choose another run_dir."
+        )
 
 
-def missing_shards(store: Store, shards: Sequence[Shard]) -> list[int]:
-    """Numbers of the shards that are still to be written."""
+def missing_shards(store: Store, shards: int) -> list[int]:
+    """Which of so many shards are still to be written, or lack one of their files."""
     names = set(store.names())
-    return [number for number in range(len(shards)) if part_name(number, "parquet") not in names]
+    return [number for number in range(shards) if not names.issuperset(_parts(number))]
 
 
-def write_shard(store: Store, number: int, records: ShardRecords) -> None:
+def is_written(store: Store, number: int) -> bool:
+    """Whether both files of a shard are there."""
+    return all(map(store.exists, _parts(number)))
+
+
+def _parts(number: int) -> tuple[str, str]:
+    return part_name(number, "safetensors"), part_name(number, "parquet")
+
+
+def is_whole(store: Store) -> bool:
+    """Whether the cache is finished and no file of it is missing.
+
+    Raises InputError when its manifest is damaged.
+    """
+    if not (store.exists(MANIFEST) and store.exists(INDEX)):
+        return False
+    return not missing_shards(store, LatentCache(store.url).shards)
+
+
+def write_shard(store: Store, key: CacheKey, number: int, records: ShardRecords) -> None:
     """Write one shard's two files, each whole or not at all, the table last."""
     arrays = {"moments": records.moments, "ids": records.ids, "sizes": records.sizes}
-    store.write(part_name(number, "safetensors"), save(arrays))
+    store.write(part_name(number, "safetensors"), save(arrays, {"key": key.digest}))
     table = pa.table(
         {
             "source": pa.array(records.source, pa.int64()),
@@ -125,11 +143,11 @@ def check_readable(reasons: Counter[str], count: int, max_unreadable: float) -> 
 def finish(store: Store, key: CacheKey, scan: Scan, max_unreadable: float = 1.0) -> None:
     """Write the index and, last, the manifest; done twice, their bytes are the same.
 
-    Raises InputError while shards are missing, when one is damaged, and when too many pictures are
-    unreadable.
+    Raises InputError while shards are missing, when one on this disk is damaged, and when too many
+    pictures are unreadable.
     """
     shards = key.shards(scan.counts)
-    if left := missing_shards(store, shards):
+    if left := missing_shards(store, len(shards)):
         raise InputError(f"{store.url} lacks {len(left)} of {len(shards)} shards; run again.")
     rows: list[list[int]] = [[] for _ in key.shapes]
     reasons, samples, cut = scan.reasons(), 0, 0
@@ -141,7 +159,8 @@ def finish(store: Store, key: CacheKey, scan: Scan, max_unreadable: float = 1.0)
                 status = np.array(table["status"].to_pylist())
                 readable = status == READABLE
                 count = int(readable.sum())
-                open_shard(store, key, number, shard.bucket, count)
+                if store.folder is not None:  # elsewhere it would be fetched for that
+                    open_shard(store, key, number, shard.bucket, count)
                 ordinal = np.cumsum(readable) - 1
                 index.write_table(
                     _indexed(
@@ -174,11 +193,11 @@ def finish(store: Store, key: CacheKey, scan: Scan, max_unreadable: float = 1.0)
 def _read_table(store: Store, number: int, pictures: int) -> pa.Table:
     name = part_name(number, "parquet")
     try:
-        table = pq.read_table(store.local(name))
-        if len(table) != pictures or table.column_names != INDEX_SCHEMA.names[4:]:
-            raise ValueError
-    except (OSError, ValueError, pa.ArrowException):
+        table = store.read_table(name)
+    except UnusableFileError:
         raise damaged(store, name) from None
+    if len(table) != pictures or table.column_names != INDEX_SCHEMA.names[4:]:
+        raise damaged(store, name)
     return table
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -81,13 +82,16 @@ class ImageTextSource(ABC):
         """Empty where there is none."""
 
     @abstractmethod
-    def sha256(self, index: int) -> str | None:
-        """Of the file's bytes; None for what was drawn."""
+    def raw(self, index: int) -> bytes | None:
+        """The picture's file, of which `decode` makes the image; None for what is drawn.
+
+        Raises UnreadableImage where it is missing.
+        """
 
 
 def open_source(config: SourceConfig) -> ImageTextSource:
     """Raises InputError when there is no such data, or no pictures or captions in it."""
-    if not _files(config.path):
+    if next(_found(config.path), None) is None:
         raise InputError(f"There are no files at {config.path}; correct the source's path.")
     if config.type == "scenes":
         return ScenesSource(config)
@@ -118,7 +122,7 @@ class ScenesSource(ImageTextSource):
     def caption(self, index: int) -> str:
         return self.scenes.scene(index).caption
 
-    def sha256(self, index: int) -> str | None:
+    def raw(self, index: int) -> bytes | None:
         return None
 
 
@@ -155,26 +159,20 @@ class FolderSource(ImageTextSource):
 
     def size(self, index: int) -> tuple[int, int]:
         try:
-            with self.paths[index].open("rb") as file:
+            with _reading(self.paths[index]) as file:
                 return measure(file)
-        except OSError:
-            raise UnreadableImage("missing") from None
+        except UnreadableImage:  # or a disk that failed under Pillow, and fails here again
+            return measure(io.BytesIO(self.raw(index)))
 
     def image(self, index: int) -> Image.Image:
-        return decode(self._raw(index))
+        return decode(self.raw(index))
 
     def caption(self, index: int) -> str:
         return self.captions[index]
 
-    def sha256(self, index: int) -> str | None:
-        return _sha256(self._raw(index))
-
-    def _raw(self, index: int) -> bytes:
-        try:
-            with self.paths[index].open("rb") as file:
-                return file.read(MAX_BYTES + 1)
-        except OSError:
-            raise UnreadableImage("missing") from None
+    def raw(self, index: int) -> bytes:
+        with _reading(self.paths[index]) as file:
+            return file.read(MAX_BYTES + 1)
 
 
 class TableSource(ImageTextSource):
@@ -202,18 +200,15 @@ class TableSource(ImageTextSource):
         return len(self._images)
 
     def size(self, index: int) -> tuple[int, int]:
-        return measure(io.BytesIO(self._raw(index)))
+        return measure(io.BytesIO(self.raw(index)))
 
     def image(self, index: int) -> Image.Image:
-        return decode(self._raw(index))
+        return decode(self.raw(index))
 
     def caption(self, index: int) -> str:
         return _text(self._captions[index][self._columns[1]])
 
-    def sha256(self, index: int) -> str | None:
-        return _sha256(self._raw(index))
-
-    def _raw(self, index: int) -> bytes:
+    def raw(self, index: int) -> bytes:
         value = self._images[index][self._columns[0]]
         data = value and value["bytes"]
         if not data:
@@ -278,11 +273,17 @@ def _root(path: Path) -> Path:
 
 def _files(path: Path) -> list[Path]:
     """Every file of a folder, a file or a pattern, sorted."""
+    return sorted(_found(path))
+
+
+def _found(path: Path) -> Iterator[Path]:
+    """The same as they are found."""
     if path.is_file():
-        return [path]
+        yield path
+        return
     root = _root(path)
     pattern = "**/*" if root == path else path.relative_to(root).as_posix()
-    return sorted(file for file in root.glob(pattern) if file.is_file())
+    yield from (file for file in root.glob(pattern) if file.is_file())
 
 
 def _tables(config: SourceConfig) -> list[Path]:
@@ -307,8 +308,18 @@ def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """Raises UnreadableImage where there is no file, and InputError when the disk fails."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (FileNotFoundError, IsADirectoryError):
+        raise UnreadableImage("missing") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}); see to its disk, and run again."
+        ) from None
 
 
 def _digest(lines: Iterable[str]) -> str:

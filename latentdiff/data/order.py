@@ -37,7 +37,8 @@ class Plan:
 
     Bucket b holds the `counts[b]` sample numbers after those of bucket b - 1. Each epoch takes
     every sample once, but for a remainder of each bucket that fills no batch, another one each
-    epoch. Batches of all buckets are spread evenly over the epoch.
+    epoch. A bucket with fewer samples than batch_size is never seen. Batches of all buckets are
+    spread evenly over the epoch.
 
     So that reading stays local, an epoch permutes blocks of `block` consecutive samples, and then
     samples within windows of about `window` blocks: a batch reads from `window` places or so,

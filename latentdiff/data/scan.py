@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 from latentdiff.data.buckets import assign
 from latentdiff.data.decode import UnreadableImage
 from latentdiff.data.images import ImageTextSource
-from latentdiff.data.store import Store
+from latentdiff.data.store import Store, UnusableFileError
 from latentdiff.errors import InputError
 
 PART = 1 << 16
 """Pictures in one file of a scan."""
+SCHEMA = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("reason", pa.string())])
 
 
 def scan(
@@ -28,10 +29,11 @@ def scan(
     processes: int = 1,
     progress: Callable[[int], object] = lambda pictures: None,
 ) -> None:
-    """Write what is missing of the files scan-DIGEST-NNNNN.parquet: width, height, reason.
+    """Write what is missing of the files scan-DIGEST-LENGTH-NNNNN.parquet: width, height, reason.
 
     A process takes its own share and then what is still missing of the others', so that none waits
-    for another; written twice, a file has the same bytes.
+    for another; written twice, a file has the same bytes. What a source raises but UnreadableImage
+    ends it: a disk that fails is no property of a picture.
     """
     numbers = range(-(-len(source) // PART))
     mine = numbers[rank::processes]
@@ -47,13 +49,7 @@ def scan(
             widths.append(width)
             heights.append(height)
             reasons.append(reason)
-        table = pa.table(
-            {
-                "width": pa.array(widths, pa.int32()),
-                "height": pa.array(heights, pa.int32()),
-                "reason": pa.array(reasons, pa.string()),
-            }
-        )
+        table = pa.table({"width": widths, "height": heights, "reason": reasons}, SCHEMA)
         sink = io.BytesIO()
         pq.write_table(table, sink)
         store.write(_name(source, number), sink.getvalue())
@@ -105,16 +101,17 @@ class Scan:
 
     def _read(self, number: int) -> tuple[np.ndarray, list[str]]:
         """The bucket of each picture of a file, -1 for none, and the reasons."""
-        path = self.store.local(_name(self.source, number))
+        name = _name(self.source, number)
+        damaged = f"{self.store.url}/{name} is missing or damaged; delete it and run again."
         try:
-            table = pq.read_table(path)
-            width, height = table["width"].to_numpy(), table["height"].to_numpy()
-            reasons: list[str] = table["reason"].to_pylist()
-            readable = np.array([reason == "" for reason in reasons])
-            if len(reasons) != len(_rows(self.source, number)):
-                raise ValueError
-        except (OSError, KeyError, ValueError, pa.ArrowException):
-            raise InputError(f"{path} is missing or damaged; delete it and run again.") from None
+            table = self.store.read_table(name)
+        except UnusableFileError:
+            raise InputError(damaged) from None
+        if table.schema != SCHEMA or len(table) != len(_rows(self.source, number)):
+            raise InputError(damaged)
+        width, height = table["width"].to_numpy(), table["height"].to_numpy()
+        reasons: list[str] = table["reason"].to_pylist()
+        readable = np.array([reason == "" for reason in reasons])
         buckets = np.full(len(reasons), -1, dtype=np.int64)
         buckets[readable] = assign(width[readable], height[readable], self.shapes)
         return buckets, reasons
@@ -125,4 +122,4 @@ def _rows(source: ImageTextSource, number: int) -> range:
 
 
 def _name(source: ImageTextSource, number: int) -> str:
-    return f"scan-{source.digest[:16]}-{number:05d}.parquet"
+    return f"scan-{source.digest[:16]}-{len(source)}-{number:05d}.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -23,11 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentdiff.data import cache, scan
+from latentdiff.data import store as store_module
 from latentdiff.data.cache import CacheKey, LatentCache, Shard
 from latentdiff.data.cache_files import (
     READABLE,
     ShardRecords,
     finish,
+    is_whole,
     missing_shards,
     prepare,
     write_shard,
@@ -81,8 +84,8 @@ class Pictures(ImageTextSource):
     def caption(self, index: int) -> str:
         return f"caption {index}: ein Füchschen 🦊"
 
-    def sha256(self, index: int) -> str | None:
-        return f"{index:064x}"
+    def raw(self, index: int) -> bytes | None:
+        raise NotImplementedError
 
 
 def record(row: int, key: CacheKey, bucket: int) -> dict[str, np.ndarray]:
@@ -109,7 +112,7 @@ def shard_records(source: Pictures, scanned: Scan, shard: Shard, key: CacheKey) 
         source=rows,
         captions=[source.caption(row) for row in rows],
         cut=[row % 3 for row in rows],
-        sha256=[source.sha256(row) for row in rows],
+        sha256=[f"{row:064x}" for row in rows],
         status=[READABLE if row in readable else "damaged" for row in rows],
     )
 
@@ -118,12 +121,12 @@ def write(url: Path | str, key: CacheKey = KEY, kinds: str = KINDS) -> None:
     """What training.cache_latents does; killed anywhere, it can be called again."""
     store, source = Store(url), Pictures(kinds)
     prepare(store, key)
-    if not store.exists(cache.MANIFEST):
+    if not is_whole(store):
         scan.scan(source, store)
         scanned = Scan(source, store, key.shapes)
         shards = key.shards(scanned.counts)
-        for number in missing_shards(store, shards):
-            write_shard(store, number, shard_records(source, scanned, shards[number], key))
+        for number in missing_shards(store, len(shards)):
+            write_shard(store, key, number, shard_records(source, scanned, shards[number], key))
         finish(store, key, scanned)
 
 
@@ -270,7 +273,23 @@ def test_only_so_many_shards_stay_open(directory: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cache, "MAPPED", 2)
     latents = LatentCache(directory)
     check_whole(latents)
-    assert latents._shard.cache_info().currsize == 2
+    assert len(latents._mapped) == 2
+
+
+def test_of_a_url_no_shard_is_mapped_that_the_local_copy_may_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cache, store_module):
+        monkeypatch.setattr(module, "HELD", 3)
+    url = f"memory://{tmp_path.name}/latents"
+    write(url)
+    latents = LatentCache(url, tmp_path / "copy", local_bytes=1)
+    for samples in ([0], [1], [3], [0], [4], [6], [1, 3], [4, 6]):
+        latents.read(samples)
+        latents.captions()
+        held = {path.name.partition(".")[2] for path in latents.store._copy._held}
+        numbers = [latents._first[bucket] + shard for bucket, shard in latents._mapped]
+        assert {f"shard-{number:06d}.safetensors" for number in numbers} <= held
 
 
 # The scan of sizes
@@ -299,6 +318,39 @@ def test_a_scan_parts_pictures_into_buckets(
         bad = [(row, "unknown format") for row, kind in enumerate(kinds) if kind == "X"]
         assert list(scanned.unreadable()) == bad
         assert scanned.reasons().total() == len(bad)
+
+
+def test_a_scan_keeps_nothing_of_a_disk_that_fails(tmp_path: Path) -> None:
+    class Failing(Pictures):
+        def size(self, index: int) -> tuple[int, int]:
+            if index == 4:
+                raise InputError("the disk")
+            return super().size(index)
+
+    with pytest.raises(InputError, match="the disk"):
+        scan.scan(Failing(), Store(tmp_path))
+    assert Store(tmp_path).names() == []
+
+
+def test_a_scan_of_more_pictures_is_another_one(tmp_path: Path) -> None:
+    """Scenes have one digest however many are asked for."""
+    for count in (9, 5, 7):
+        source = Pictures(KINDS[:count])
+        scan.scan(source, Store(tmp_path))
+        assert sum(Scan(source, Store(tmp_path), SHAPES).counts) == count - (count > 4)
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None])
+def test_a_damaged_scan_is_named_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copy"))
+    store = Store(f"memory://{tmp_path.name}/latents-{content}")
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"width": [1] * 9}), sink)
+    store.write("scan-cccccccccccccccc-9-00000.parquet", content or sink.getvalue())
+    with pytest.raises(InputError, match=rf"{store.url}/scan-c+-9-00000\.parquet is missing or da"):
+        Scan(Pictures(), store, SHAPES)
 
 
 # Keys
@@ -361,8 +413,8 @@ def test_a_cache_cannot_be_finished_while_shards_are_missing(tmp_path: Path) -> 
         Shard(2, 0, 2),
         Shard(2, 2, 3),
     ]
-    write_shard(store, 1, shard_records(source, scanned, shards[1], KEY))
-    assert missing_shards(store, shards) == [0, 2, 3, 4]
+    write_shard(store, KEY, 1, shard_records(source, scanned, shards[1], KEY))
+    assert missing_shards(store, len(shards)) == [0, 2, 3, 4]
     with pytest.raises(InputError, match="lacks 4 of 5 shards; run again"):
         finish(store, KEY, scanned)
     with pytest.raises(InputError, match="no finished latent cache"):
@@ -414,6 +466,7 @@ def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
 def test_a_damaged_shard_is_refused_and_can_be_made_again(
     directory: Path, damage: Callable[[Path], None]
 ) -> None:
+    before = contents(directory)
     damage(directory / "shard-000001.safetensors")
     latents = LatentCache(directory)
     latents.read([0])
@@ -421,13 +474,98 @@ def test_a_damaged_shard_is_refused_and_can_be_made_again(
     words = r"shard-000001\.safetensors is missing or damaged; delete shard-000001\.\* and run"
     with pytest.raises(InputError, match=words):
         latents.read([3, 1])
-    (directory / cache.MANIFEST).unlink()
-    with pytest.raises(InputError, match=words):
-        write(directory)
     for path in directory.glob("shard-000001.*"):
         path.unlink()
     write(directory)
+    assert contents(directory) == before
     check_whole(LatentCache(directory))
+
+
+def test_a_damaged_shard_is_not_finished(directory: Path) -> None:
+    (directory / cache.MANIFEST).unlink()
+    truncate(directory / "shard-000001.safetensors")
+    with pytest.raises(InputError, match=r"shard-000001\.safetensors is missing or damaged"):
+        write(directory)
+
+
+@pytest.mark.parametrize("name", ["shard-000003.parquet", cache.INDEX, cache.MANIFEST])
+def test_what_a_finished_cache_lost_is_made_again(directory: Path, name: str) -> None:
+    before = contents(directory)
+    (directory / name).unlink()
+    write(directory)
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("error", [InputError("give it credentials"), OSError(errno.EIO, "disk")])
+def test_what_keeps_a_file_from_being_fetched_is_not_called_damage(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    latents = LatentCache(directory)
+
+    def local(store: Store, name: str) -> Path:
+        raise error
+
+    monkeypatch.setattr(Store, "local", local)
+    for read in (lambda: latents.read([0]), latents.captions):
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            read()
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        Scan(Pictures(), latents.store, SHAPES)
+
+
+def test_a_disk_that_fails_is_not_called_damage(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    latents = LatentCache(directory)
+    monkeypatch.setattr(np, "memmap", fails)
+    monkeypatch.setattr(pq, "read_table", fails)
+    for read in (lambda: latents.read([0]), latents.captions):
+        with pytest.raises(OSError, match="Input/output"):
+            read()
+
+
+def test_a_shard_of_another_key_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write(other, dataclasses.replace(KEY, encoder="d" * 64))
+    name = "shard-000000.safetensors"
+    shutil.copyfile(other / name, directory / name)
+    with pytest.raises(InputError, match="missing or damaged"):
+        LatentCache(directory).read([0])
+
+
+def test_finishing_fetches_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    real = Store.local
+
+    def local(store: Store, name: str) -> Path:
+        fetched.append(name)
+        return real(store, name)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Store, "local", local)
+    write(f"memory://{tmp_path.name}/latents")
+    assert fetched
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+
+
+def test_of_two_that_begin_a_cache_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees no key, and the other's is written after its own."""
+    other, real = dataclasses.replace(KEY, encoder="d" * 64), Store.write
+
+    def write_first(store: Store, name: str, content: bytes) -> None:
+        real(store, name, content)
+        monkeypatch.setattr(Store, "write", real)
+        (tmp_path / cache.KEY).unlink()
+        prepare(store, other)
+
+    monkeypatch.setattr(Store, "write", write_first)
+    with pytest.raises(InputError, match="another encoder"):
+        prepare(Store(tmp_path), KEY)
 
 
 def test_a_damaged_table_is_not_finished(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import io
 import json
 import shutil
@@ -60,7 +60,7 @@ def check(source: ImageTextSource, numbers: tuple[int, ...] = (0, 1, 2)) -> None
         assert source.size(index) == SIZES[number]
         np.testing.assert_array_equal(np.asarray(source.image(index)), picture(number))
         assert source.caption(index) == CAPTIONS[number]
-        assert source.sha256(index) == hashlib.sha256(png(number)).hexdigest()
+        assert source.raw(index) == png(number)
 
 
 # Scenes
@@ -79,7 +79,7 @@ def test_scenes_are_those_of_their_numbers() -> None:
         np.testing.assert_array_equal(np.asarray(source.image(index)), scenes[index]["image"])
         assert source.caption(index) == scenes[index]["caption"]
         assert source.size(index) == source.image(index).size
-        assert source.sha256(index) is None
+        assert source.raw(index) is None
 
 
 def test_scenes_digest_is_of_what_they_are_made_of(tmp_path: Path) -> None:
@@ -177,9 +177,47 @@ def test_unreadable_pictures_keep_their_numbers(folder: Path) -> None:
         with pytest.raises(UnreadableImage, match=reason):
             source.image(index)
     assert source.size(1) == SIZES[0]
-    for read in (source.size, source.sha256):
+    for read in (source.size, source.raw):
         with pytest.raises(UnreadableImage, match="missing"):
             read(2)
+
+
+class FailingFile(io.BytesIO):
+    """Ends in the middle, as Pillow sees it."""
+
+    def read(self, *arguments: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_a_disk_that_fails_is_not_a_picture_that_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    with_texts(folder)
+    source = source_of("folder", folder)
+
+    def opened(path: Path, mode: str) -> FailingFile:
+        if where == "open":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return FailingFile(png(0))
+
+    monkeypatch.setattr(Path, "open", opened)
+    for read in (source.size, source.image, source.raw):
+        with pytest.raises(InputError, match=r"a\.png cannot be read \((Stale|Input/output)"):
+            read(0)
+
+
+def test_looking_for_files_stops_at_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentdiff.data import images
+
+    with_texts(folder)
+    looked: list[Path] = []
+    real = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: looked.append(path) or real(path))
+    monkeypatch.setattr(images, "FolderSource", lambda config: len(looked))
+    assert source_of("folder", folder) <= 3  # the folder, perhaps the one in it, and a file
 
 
 # Tables
@@ -246,7 +284,7 @@ def test_missing_values(tmp_path: Path) -> None:
     source = source_of("parquet", tmp_path)
     assert [source.caption(index) for index in range(3)] == ["", "b", CAPTIONS[2]]
     for index in (0, 1):
-        for read in (source.size, source.image, source.sha256):
+        for read in (source.size, source.image, source.raw):
             with pytest.raises(UnreadableImage, match="missing"):
                 read(index)
     assert source.size(2) == SIZES[2]

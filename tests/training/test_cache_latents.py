@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 import sys
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from latentdiff.checkpoint import ModelParts, save_model
 from latentdiff.config import load_yaml
 from latentdiff.data.buckets import SizesConfig, assign, fit
-from latentdiff.data.cache import INDEX, MANIFEST, LatentCache
+from latentdiff.data.cache import INDEX, MANIFEST, CacheKey, LatentCache
 from latentdiff.data.images import SourceConfig, open_source
 from latentdiff.data.live import LiveImages
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
@@ -243,10 +244,10 @@ def test_killed_anywhere_the_same_command_continues_to_the_same_bytes(
     numbers: list[int] = []
     real = cache_latents.write_shard
 
-    def write(store: Store, number: int, records: Any) -> None:
+    def write(store: Store, key: CacheKey, number: int, records: Any) -> None:
         if next(writes) == survived:
             raise Killed
-        real(store, number, records)
+        real(store, key, number, records)
         numbers.append(number)
 
     with monkeypatch.context() as patch:
@@ -264,14 +265,54 @@ def test_killed_anywhere_the_same_command_continues_to_the_same_bytes(
 def test_processes_share_the_shards_and_the_last_one_finishes(
     tiny_model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second of three is alone at first; then another one writes shard 2."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, shards in ((1, [1]), (2, [1, 2]), (0, [0, 1, 2])):
+    monkeypatch.setenv("RANK", "1")
+    numbers: list[int] = []
+    real = cache_latents.write_shard
+
+    def write(store: Store, key: CacheKey, number: int, records: Any) -> None:
         assert not (tmp_path / MANIFEST).exists()
-        monkeypatch.setenv("RANK", str(rank))
-        run(tmp_path, tiny_model)
-        found = sorted(int(path.stem[-6:]) for path in tmp_path.glob("shard-*.parquet"))
-        assert found == shards
+        real(store, key, number, records)
+        numbers.append(number)
+        for path in whole.glob("shard-000002.*"):
+            shutil.copy(path, tmp_path)
+
+    monkeypatch.setattr(cache_latents, "write_shard", write)
+    run(tmp_path, tiny_model)
+    assert numbers == [1, 0]
     assert contents(tmp_path) == contents(whole)
+
+
+def test_idle_processes_take_different_shards() -> None:
+    missing = [number for number in range(100) if number % 4 == 3]  # one process of four is slow
+    turns = [cache_latents.in_turn(missing, rank, 4) for rank in range(4)]
+    assert turns[3] == missing
+    assert all(sorted(turn) == missing for turn in turns)
+    assert len({turn[0] for turn in turns}) == 4
+    assert cache_latents.in_turn([0, 1, 2, 3, 4], 1, 2) == [1, 3, 2, 0, 4]
+
+
+def test_a_finished_cache_that_lost_a_shard_gets_it_again(
+    tiny_model: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("shard-000001.*"):
+        path.unlink()
+    run(tmp_path, tiny_model)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_picture_is_read_once(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(SourceConfig(type="folder", path=pictures))
+    expected = hashlib.sha256((pictures / "00.png").read_bytes()).hexdigest()
+    opened: list[Path] = []
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: opened.append(path) or real(path, *mode))
+    picture = cache_latents.Pictures(source)[0, (64, 64)]
+    assert opened == [pictures / "00.png"]
+    assert picture.status == "ok"
+    assert picture.sha256 == expected
 
 
 def test_a_finished_cache_is_not_encoded_again(

@@ -6,7 +6,8 @@ import functools
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from training.data import (
     StepDataset,
     StepOrder,
     endless_orders,
+    launched,
     loader,
     planned_orders,
     prefetch,
@@ -121,6 +123,29 @@ def test_nothing_but_unreadable_samples_is_an_error() -> None:
         next(loader(samples, orders, 0))
 
 
+def test_a_disk_that_vanished_is_given_up_before_every_sample_was_tried() -> None:
+    asked: list[int] = []
+
+    class Vanished(StepDataset):
+        def __getitem__(self, index: int) -> None:
+            asked.append(index)
+            raise UnreadableImage("missing")
+
+    with pytest.raises(InputError, match=r"None of 101 samples.*\(the last: missing\)"):
+        next(loader(Vanished(), [StepOrder(0, [[0]])], 0, functools.partial(_substitute, 10**6)))
+    assert len(asked) == 101
+
+
+@pytest.mark.parametrize("variables", ["RANK WORLD_SIZE", "PMI_RANK PMI_SIZE"])
+def test_launchers_say_who_is_who(monkeypatch: pytest.MonkeyPatch, variables: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 1)
+    for name, value in zip(variables.split(), ("3", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert launched() == (3, 8)
+
+
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
@@ -181,6 +206,22 @@ def test_errors_come_after_the_batches_before_them() -> None:
     assert [next(ahead), next(ahead)] == [1, 2]
     with pytest.raises(InputError, match="unreadable"):
         next(ahead)
+    assert not threads()
+
+
+def test_an_error_of_closing_is_raised_and_none_waits() -> None:
+    class Source(Generator[int, None, None]):
+        def send(self, value: None) -> int:
+            raise StopIteration
+
+        def throw(self, *error: Any) -> int:
+            raise NotImplementedError
+
+        def close(self) -> None:
+            raise OSError("workers")
+
+    with pytest.raises(OSError, match="workers"):
+        next(prefetch(Source()))
     assert not threads()
 
 
