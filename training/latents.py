@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import os
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from latentdiff.data.tokens import tokenizers_digest
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder, Posterior
 from latentdiff.rng import keyed_normal, keyed_uniform
-from training.data import StepOrder, loader, to_network
+from training.data import StepOrder, launched, loader, to_network
 from training.encoder import encoder_digest
 
 
@@ -92,14 +91,25 @@ class Latents(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 of what the samples are a function of."""
+        """sha256 of what the samples and their numbers are a function of."""
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Samples that could not be read so far and were replaced by others, with the reasons."""
+        """Samples that could not be read so far and were replaced by others, with the reasons.
+
+        Pictures that have no number because not even their headers could be read are there, too:
+        number n of the source as -1 - n.
+        """
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """The micro-batches of each step."""
+
+
+def numbered(words: object, counts: Sequence[int]) -> str:
+    """sha256 of what samples are a function of, and of how many each bucket has: which pictures
+    were readable when it was looked decides what all numbers mean.
+    """
+    return hashlib.sha256(repr((words, list(counts))).encode()).hexdigest()
 
 
 def mirrored(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
@@ -118,7 +128,8 @@ class CachedLatents:
         self, url: str, parts: ModelParts, seed: int, local: Path | None, local_bytes: int
     ) -> None:
         self.cache, self.seed = LatentCache(url, local, local_bytes), seed
-        self.counts, self.digest = self.cache.counts, self.cache.key.digest
+        self.counts = self.cache.counts
+        self.digest = numbered(self.cache.key.digest, self.counts)
         if self.cache.key.encoder != encoder_digest(parts.autoencoder):
             raise InputError(
                 f"{url} was not made with this autoencoder; make the cache again or name its own."
@@ -161,21 +172,27 @@ class LiveLatents:
             config.sizes,
             [tower.tokenizer for tower in parts.towers.values()],
             Store(scanned),
-            int(os.environ.get("RANK", 0)),
-            int(os.environ.get("WORLD_SIZE", 1)),
+            *launched(),
         )
         self.counts = self.images.counts
         words = (self.images.digest, encoder_digest(parts.autoencoder), config.flip)
-        self.digest = hashlib.sha256(repr(words).encode()).hexdigest()
-        self.unreadable: dict[int, str] = {}
+        self.digest = numbered(words, self.counts)
+        self.unreadable: dict[int, str] = {
+            -1 - row: self.listed(row, reason) for row, reason in self.images.unreadable
+        }
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """Raises InputError when no sample of a bucket can be read."""
-        read = loader(
-            self.images, orders, self.config.workers, self.substitute, self.unreadable.__setitem__
-        )
+        read = loader(self.images, orders, self.config.workers, self.substitute, self.cannot_read)
         for step in read:
             yield [self.batch(*micro_batch) for micro_batch in step]
+
+    def cannot_read(self, sample: int, reason: str) -> None:
+        """Keep what will be listed."""
+        self.unreadable[sample] = self.listed(self.images.source_row(sample), reason)
+
+    def listed(self, row: int, reason: str) -> str:
+        return f"{reason}: picture {row} of {self.config.source.path}"
 
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
         """Another sample of the same bucket."""

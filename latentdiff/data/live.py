@@ -53,8 +53,8 @@ class LiveImages:
         scanned = Scan(source, store, self.buckets)
         self.counts = scanned.counts
         """Samples of each bucket."""
-        self.unreadable = dict(scanned.reasons())
-        """How many pictures were left out for each reason."""
+        self.unreadable = list(scanned.unreadable())
+        """(the source's number, reason) of each picture that was left out."""
         self._rows = np.concatenate(
             [scanned.rows(bucket, 0, count) for bucket, count in enumerate(self.counts)]
         )
