@@ -238,8 +238,7 @@ def open_shard(
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        # Shards from before keys were written in them are taken as they are.
-        if header.get("__metadata__", {}).get("key", key.digest) != key.digest:
+        if header["__metadata__"]["key"] != key.digest:
             raise ValueError
         data = np.memmap(path, np.uint8, "r")[8 + length :]
         arrays = {}
@@ -257,7 +256,6 @@ def open_shard(
 PARSING = (
     FileNotFoundError,
     EOFError,
-    AttributeError,
     KeyError,
     TypeError,
     ValueError,

@@ -457,7 +457,8 @@ def another_type(path: Path) -> None:
 def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: change(values) for name, values in safetensors(path).items()}, path)
+    arrays = {name: change(values) for name, values in safetensors(path).items()}
+    save_file(arrays, path, {"key": KEY.digest})
 
 
 @pytest.mark.parametrize(
