@@ -122,7 +122,7 @@ class Unseen(ImageTextSource):
     def caption(self, index: int) -> str:
         return ""
 
-    def sha256(self, index: int) -> str | None:
+    def raw(self, index: int) -> bytes | None:
         return None
 
 
@@ -144,7 +144,7 @@ def write_cache(directory: str | Path) -> None:
             sha256=[None] * len(rows),
             status=[READABLE] * len(rows),
         )
-        write_shard(store, number, made)
+        write_shard(store, KEY, number, made)
     finish(store, KEY, scanned)
 
 
