@@ -14,10 +14,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from latentdiff.data.order import Share
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import keyed_normal
 from training.autoencoder import SceneCrops, VAEConfig, edges, latent_moments
-from training.loop import seeded
+from training.config import seeded
 
 CPU = torch.device("cpu")
 
@@ -136,13 +137,13 @@ def test_a_whole_picture_can_be_the_crop(tiny_chain: Any) -> None:
 
 def test_the_loss_is_its_formula(tiny_chain: Any) -> None:
     program = tiny_chain.program("autoencoder", edge_weight=0.7, kl_weight=0.3)
-    batch = next(program.batches(range(2, 3), 0, 1))
-    assert batch["indices"] == [8, 9, 10, 11]
+    (batch,) = next(program.batches(range(2, 3), Share()))
+    assert batch.samples == [8, 9, 10, 11]
     losses = program.losses(program.network, batch, CPU)
 
-    images = batch["images"].double() / 255 * 2 - 1
+    images = batch.data.double() / 255 * 2 - 1
     latent = program.network.vae.encode(images.float()).latent_dist
-    noise = keyed_normal(0, "posterior", 0, batch["indices"], (4, 4, 4))
+    noise = keyed_normal(0, "posterior", 0, batch.samples, (4, 4, 4))
     decoded = program.network.vae.decode(latent.mean + latent.std * noise).sample.double()
     error = (decoded - images).detach()
     l1 = error.abs().mean()
@@ -156,8 +157,9 @@ def test_the_loss_is_its_formula(tiny_chain: Any) -> None:
         "kl": kl,
         "psnr": psnr,
     }
-    assert losses.keys() == expected.keys()
-    for name, value in losses.items():
+    found = {"loss": losses.loss, **losses.figures}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
         torch.testing.assert_close(value.double(), expected[name], atol=1e-5, rtol=1e-4)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config import load_yaml
+from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
 from training.clip import NearMisses
 
@@ -82,11 +83,11 @@ def test_a_sample_is_its_scenes_picture_and_caption(misses: NearMisses) -> None:
 
 def test_the_loss_is_symmetric_cross_entropy(program: Any) -> None:
     """Radford et al. (2021), figure 3, in NumPy."""
-    batch = next(program.batches(range(1), 0, 1))
+    (batch,) = next(program.batches(range(1), Share()))
     losses = program.losses(program.network, batch, CPU)
     with torch.no_grad():
-        images = batch["image"].float() / 255 * 2 - 1
-        output = program.network.clip(input_ids=batch["ids"], pixel_values=images)
+        images = batch.data["image"].float() / 255 * 2 - 1
+        output = program.network.clip(input_ids=batch.data["ids"], pixel_values=images)
     texts, pictures = output.text_embeds.numpy(), output.image_embeds.numpy()
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(pictures, axis=1), 1, rtol=1e-5)
@@ -99,16 +100,16 @@ def test_the_loss_is_symmetric_cross_entropy(program: Any) -> None:
         return float(-np.diag(logs).mean())
 
     expected = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
-    assert losses["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert losses.loss.item() == pytest.approx(expected, rel=1e-4)
     right = logits.argmax(axis=1) == np.arange(len(logits))
-    assert float(losses["accuracy"]) == pytest.approx(right.mean())
-    assert float(losses["scale"]) == pytest.approx(scale)
+    assert float(losses.figures["accuracy"]) == pytest.approx(right.mean())
+    assert float(losses.figures["scale"]) == pytest.approx(scale)
 
 
 def test_both_towers_learn_from_the_loss(program: Any) -> None:
     network = copy.deepcopy(program.network)
-    batch = next(program.batches(range(1), 0, 1))
-    program.losses(network, batch, CPU)["loss"].backward()
+    (batch,) = next(program.batches(range(1), Share()))
+    program.losses(network, batch, CPU).loss.backward()
     idle = {
         name
         for name, parameter in network.named_parameters()
