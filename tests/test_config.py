@@ -271,7 +271,7 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=names)
 def test_accelerate_reads_what_is_for_its_launcher(path: Path) -> None:
-    launcher = load_config_from_file(path)
+    launcher = load_config_from_file(str(path))
     assert launcher.num_processes >= launcher.num_machines >= 1
     assert launcher.mixed_precision == "no"  # the training configuration says it
     if launcher.distributed_type == DistributedType.FSDP:
@@ -287,7 +287,7 @@ def test_the_readme_shows_a_whole_configuration() -> None:
 
 
 def test_there_is_a_launcher_for_every_size() -> None:
-    kinds = {path.stem: load_config_from_file(path).distributed_type for path in LAUNCHERS}
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type for path in LAUNCHERS}
     assert kinds == {
         "single": DistributedType.NO,
         "multi_gpu": DistributedType.MULTI_GPU,
