@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -126,13 +126,23 @@ class Wrapped:
             for name, parameter in module.named_parameters(recurse=False)
             if isinstance(parameter, DTensor)
         ]
+        # fully_shard made subclasses, whose names would get into the model's files.
+        kinds = {
+            module: type(module)
+            for module in self.network.modules()
+            if isinstance(module, FSDPModule)
+        }
         try:
+            for module, kind in kinds.items():
+                module.__class__ = kind.__bases__[1]
             for module, name, parameter in sharded:
                 full = self.gathered({name: parameter}).get(name)
                 if full is not None:
                     module.register_parameter(name, nn.Parameter(full, parameter.requires_grad))
             yield
         finally:
+            for module, kind in kinds.items():
+                module.__class__ = kind
             for module, name, parameter in sharded:
                 module.register_parameter(name, parameter)
 

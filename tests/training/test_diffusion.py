@@ -350,7 +350,7 @@ def test_a_lora_of_unet_and_text_encoder(tiny_chain: Any, tmp_path: Path) -> Non
     """Trained on a finished model, resumed, and loaded onto it by the pipeline."""
     base = tmp_path / "base"
     whole = tiny_chain.program("diffusion")
-    randomize(whole.network)
+    randomize(whole.network.unet)
     whole.finish(base, CPU)
     options = few(
         run_dir=tmp_path / "lora",
