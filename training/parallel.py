@@ -134,7 +134,7 @@ class Wrapped:
         }
         try:
             for module, kind in kinds.items():
-                module.__class__ = kind.__bases__[1]
+                module.__class__ = kind.__mro__[2]  # type: ignore[assignment]
             for module, name, parameter in sharded:
                 full = self.gathered({name: parameter}).get(name)
                 if full is not None:
@@ -142,7 +142,7 @@ class Wrapped:
             yield
         finally:
             for module, kind in kinds.items():
-                module.__class__ = kind
+                module.__class__ = kind  # type: ignore[assignment]
             for module, name, parameter in sharded:
                 module.register_parameter(name, parameter)
 
