@@ -133,16 +133,16 @@ class Wrapped:
             if isinstance(module, FSDPModule)
         }
         try:
-            for module, kind in kinds.items():
-                module.__class__ = kind.__mro__[2]  # type: ignore[assignment]
+            for unit, kind in kinds.items():
+                unit.__class__ = kind.__mro__[2]  # type: ignore[assignment]
             for module, name, parameter in sharded:
                 full = self.gathered({name: parameter}).get(name)
                 if full is not None:
                     module.register_parameter(name, nn.Parameter(full, parameter.requires_grad))
             yield
         finally:
-            for module, kind in kinds.items():
-                module.__class__ = kind  # type: ignore[assignment]
+            for unit, kind in kinds.items():
+                unit.__class__ = kind  # type: ignore[assignment]
             for module, name, parameter in sharded:
                 module.register_parameter(name, parameter)
 
