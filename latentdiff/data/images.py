@@ -32,19 +32,21 @@ CAPTIONS = ("text", "caption", "txt")
 class SourceConfig(Config):
     """Pictures and their captions."""
 
-    type: Literal["scenes", "folder", "parquet", "webdataset"]
+    type: Literal["scenes", "folder", "parquet", "webdataset", "lockfile"]
     """scenes: emoji scenes, drawn as they are asked for. folder: picture files, with captions in
     metadata.jsonl or metadata.csv or in picture.txt beside picture.png. parquet: tables with the
-    pictures' bytes inside. webdataset: tar files, as img2dataset writes them. datasets copies the
-    last two into its own cache (HF_DATASETS_CACHE) when they are first read."""
+    pictures' bytes inside. webdataset: tar files, as img2dataset writes them. datasets copies these
+    two into its own cache (HF_DATASETS_CACHE) when they are first read. lockfile: what a lockfile
+    keeps of the tar files in images/ beside it."""
     path: Path
-    """The scenes' YAML file, the folder, or for the others a folder, a file or a pattern of files
-    such as data/*.tar."""
+    """The scenes' YAML file, the lockfile, the folder, or for the others a folder, a file or a
+    pattern of files such as data/*.tar."""
     count: int | None = Field(default=None, gt=0)
     """How many of the pictures, from the first; all by default. Scenes have no end and need it."""
     split: str = "train"
-    """Of scenes train or held_out; of a folder of pictures a split that datasets finds in it; of
-    tables the files with this word in their names, or for train all where none has it."""
+    """Of scenes train or held_out; of a lockfile train or validation; of a folder of pictures a
+    split that datasets finds in it; of tables the files with this word in their names, or for train
+    all where none has it."""
     image_column: str | None = None
     """Where the pictures are; found by default: image, jpg, jpeg, png or webp."""
     caption_column: str | None = None
@@ -57,6 +59,8 @@ class SourceConfig(Config):
                 raise ValueError("scenes have no end: set count")
             if self.split not in ("train", "held_out"):
                 raise ValueError("the split of scenes is train or held_out")
+        if self.type == "lockfile" and self.split not in ("train", "validation"):
+            raise ValueError("the split of a lockfile is train or validation")
         return self
 
 
@@ -95,6 +99,10 @@ def open_source(config: SourceConfig) -> ImageTextSource:
         raise InputError(f"There are no files at {config.path}; correct the source's path.")
     if config.type == "scenes":
         return ScenesSource(config)
+    if config.type == "lockfile":
+        from latentdiff.data.locked import LockedSource  # which builds on this module
+
+        return LockedSource(config)
     return FolderSource(config) if config.type == "folder" else TableSource(config)
 
 
@@ -159,7 +167,7 @@ class FolderSource(ImageTextSource):
 
     def size(self, index: int) -> tuple[int, int]:
         try:
-            with _reading(self.paths[index]) as file:
+            with reading(self.paths[index]) as file:
                 return measure(file)
         except UnreadableImage:  # or a disk that failed under Pillow, and fails here again
             return measure(io.BytesIO(self.raw(index)))
@@ -171,7 +179,7 @@ class FolderSource(ImageTextSource):
         return self.captions[index]
 
     def raw(self, index: int) -> bytes:
-        with _reading(self.paths[index]) as file:
+        with reading(self.paths[index]) as file:
             return file.read(MAX_BYTES + 1)
 
 
@@ -309,7 +317,7 @@ def _length(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def reading(path: Path) -> Iterator[BinaryIO]:
     """Raises UnreadableImage where there is no file, and InputError when the disk fails."""
     try:
         with path.open("rb") as file:
