@@ -1,0 +1,1 @@
+"""From a subset's metadata to a locked data set: select, download, dedup, card, report."""
