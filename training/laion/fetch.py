@@ -1,0 +1,370 @@
+"""One file from the web, as far as that can be done without trusting anyone on it."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import ssl
+import string
+import time
+from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, NoReturn
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from pydantic import Field
+
+from latentdiff.config import Config
+from training.laion.addresses import Resolver, is_public
+from training.laion.opt_out import forbidding
+from training.laion.politeness import Politeness
+
+FetchReason = Literal[
+    "bad url",
+    "scheme",
+    "dns",
+    "private address",
+    "connection",
+    "timeout",
+    "403",
+    "404",
+    "410",
+    "http error",
+    "redirects",
+    "opted out",
+    "content type",
+    "content encoding",
+    "too many bytes",
+    "truncated",
+]
+"""Why there is no file."""
+
+PORTS = {"http": 80, "https": 443}
+REDIRECTS = (301, 302, 303, 307, 308)
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
+"""Answers after which another try may do better."""
+MAX_URL = 8192
+MAX_ADDRESSES = 4
+"""Of one host, tried one after the other."""
+CHUNK = 1 << 16
+
+
+class FetchConfig(Config):
+    """How files are asked for, and how much may come back."""
+
+    user_agent: str = Field(default="latentdiff", min_length=1, max_length=200)
+    """Sent to every server. Add where you can be reached: latentdiff (+https://example.org/crawl).
+    What stands before the first space or slash is the name that sites address in X-Robots-Tag."""
+    timeout: float = Field(default=10, gt=0)
+    """Seconds to connect, and between two pieces of an answer."""
+    deadline: float = Field(default=60, gt=0)
+    """Seconds for one try altogether, redirects included."""
+    max_bytes: int = Field(default=16 << 20, gt=0)
+    """Of one file."""
+    max_redirects: int = Field(default=5, ge=0)
+    retries: int = Field(default=2, ge=0)
+    """After timeouts, broken connections and answers that a server gives when it is busy."""
+    backoff: float = Field(default=1, ge=0)
+    """Seconds before the first retry, twice as many before each further one."""
+    max_retry_after: float = Field(default=60, ge=0)
+    """Seconds that a server may ask to wait (Retry-After); one that asks for more is left alone."""
+    per_host: int = Field(default=8, gt=0)
+    """Connections to one host at a time, of each process."""
+    host_interval: float = Field(default=0, ge=0)
+    """Seconds between the beginnings of two requests to one host, of each process."""
+    content_types: tuple[str, ...] = (
+        "image/jpeg",
+        "image/jpg",
+        "image/pjpeg",
+        "image/png",
+        "image/x-png",
+        "image/webp",
+        "image/gif",
+        "application/octet-stream",
+        "binary/octet-stream",
+        "",
+    )
+    """What an answer may say that it is; "" where it says nothing. The file itself decides."""
+    opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "tdm-reservation")
+    """Directives in an answer's headers that end it before the picture is read."""
+    local_hosts: tuple[str, ...] = ()
+    """HOST:PORT as URLs spell it, which may have an address that is not public; all others may not.
+    For servers of one's own."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of one URL."""
+
+    reason: FetchReason | None
+    """None where `body` is a whole file."""
+    body: bytes = b""
+    http_status: int | None = None
+    final_url: str | None = None
+    """Of the last server that was asked, after redirects."""
+    content_type: str | None = None
+    opt_out: str | None = None
+    """allowed, or the directive that forbids; None where no server said anything."""
+
+
+class _Failed(Exception):
+    def __init__(self, reason: FetchReason, again: bool = False, wait: float = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.again, self.wait = reason, again, wait
+
+
+@dataclass
+class _Seen:
+    """What is known of a try while it lasts."""
+
+    http_status: int | None = None
+    final_url: str | None = None
+    content_type: str | None = None
+    opt_out: str | None = None
+
+
+class Fetcher:
+    """Files by their URLs, for many threads.
+
+    Only http and https; names are resolved once and the address that was judged public is the one
+    connected to, again after every redirect; no proxies, no cookies, no credentials, nothing
+    compressed; every wait has an end.
+    """
+
+    def __init__(self, config: FetchConfig, threads: int = 1) -> None:
+        self.config = config
+        self.agents = (config.user_agent.replace("/", " ").split()[0].lower(), "img2dataset")
+        self._resolve = Resolver(threads)
+        self._politeness = Politeness(config.per_host, config.host_interval)
+        self._tls = ssl.create_default_context()
+
+    def close(self) -> None:
+        self._resolve.close()
+
+    def __call__(self, url: str) -> Fetched:
+        """Never raises for anything that a URL or a server does."""
+        for attempt in range(self.config.retries + 1):
+            seen = _Seen()
+            try:
+                return Fetched(None, self._follow(url, seen), **vars(seen))
+            except _Failed as failure:
+                last = attempt == self.config.retries
+                if last or not failure.again or failure.wait > self.config.max_retry_after:
+                    return Fetched(failure.reason, **vars(seen))
+                time.sleep(max(failure.wait, self.config.backoff * 2**attempt))
+        raise AssertionError("unreachable")
+
+    def _follow(self, url: str, seen: _Seen) -> bytes:
+        spent = 0.0
+        for _ in range(self.config.max_redirects + 1):
+            parts = _split(url)
+            with self._politeness(parts.netloc):
+                began = time.monotonic()
+                found = self._ask(parts, began + self.config.deadline - spent, seen)
+                spent += time.monotonic() - began
+            if isinstance(found, bytes):
+                return found
+            url = _joined(url, found)
+        raise _Failed("redirects")
+
+    def _ask(self, parts: SplitResult, deadline: float, seen: _Seen) -> bytes | str:
+        """The file, or where it is said to be instead."""
+        seen.final_url = parts.geturl()
+        try:
+            with self._connect(parts, deadline) as connection:
+                return self._converse(connection, parts, deadline, seen)
+        except TimeoutError:
+            raise _Failed("timeout", again=True) from None
+        except OSError:  # of TLS as well
+            raise _Failed("connection", again=True) from None
+        except http.client.HTTPException:
+            raise _Failed("http error", again=True) from None
+        except ValueError:  # hosts that no name can be
+            raise _Failed("bad url") from None
+
+    def _connect(self, parts: SplitResult, deadline: float) -> socket.socket:
+        host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
+        try:
+            addresses = self._resolve(host, port, _left(deadline, self.config.timeout))
+        except TimeoutError:
+            raise _Failed("dns", again=True) from None
+        except (OSError, UnicodeError) as error:
+            passing = getattr(error, "errno", None) == socket.EAI_AGAIN
+            raise _Failed("dns", again=passing) from None
+        name = parts.netloc if parts.port else f"{parts.netloc}:{port}"
+        if name not in self.config.local_hosts and not all(map(is_public, addresses)):
+            raise _Failed("private address")
+        last = OSError("no address")
+        for address in addresses[:MAX_ADDRESSES]:
+            try:
+                connection = socket.create_connection(
+                    (address, port), _left(deadline, self.config.timeout)
+                )
+            except OSError as failure:
+                last = failure
+                continue
+            if parts.scheme == "http":
+                return connection
+            with connection:  # which the TLS socket takes over
+                return self._tls.wrap_socket(connection, server_hostname=host)
+        raise last
+
+    def _converse(
+        self, connection: socket.socket, parts: SplitResult, deadline: float, seen: _Seen
+    ) -> bytes | str:
+        port = parts.port or PORTS[parts.scheme]
+        request = http.client.HTTPConnection(str(parts.hostname), port)
+        request.default_port = PORTS[parts.scheme]  # type: ignore[misc]
+        request.sock = _Timed(connection, deadline, self.config.timeout)  # type: ignore[assignment]
+        headers = {
+            "User-Agent": self.config.user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
+        target = parts._replace(scheme="", netloc="").geturl() or "/"
+        request.request("GET", target, headers=headers)
+        answer = request.getresponse()
+        seen.http_status = answer.status
+        location = answer.headers.get("Location")
+        moved = answer.status in REDIRECTS and location is not None
+        if not moved:
+            self._check_status(answer, parts)
+        seen.opt_out = forbidding(answer.headers, self.config.opt_out, self.agents) or "allowed"
+        if seen.opt_out != "allowed":
+            raise _Failed("opted out")
+        if moved:
+            return quote(str(location), safe=string.punctuation, encoding="latin-1")
+        self._check_type(answer.headers, seen)
+        return self._read(answer)
+
+    def _check_status(self, answer: http.client.HTTPResponse, parts: SplitResult) -> None:
+        match answer.status:
+            case 200:
+                return
+            case 403:
+                raise _Failed("403")
+            case 404:
+                raise _Failed("404")
+            case 410:
+                raise _Failed("410")
+            case status if status in AGAIN:
+                wait = _retry_after(answer.headers)
+                if wait <= self.config.max_retry_after:
+                    self._politeness.hold(parts.netloc, wait)
+                raise _Failed("http error", again=True, wait=wait)
+        raise _Failed("http error")
+
+    def _check_type(self, headers: Message, seen: _Seen) -> None:
+        seen.content_type = (
+            (headers.get("Content-Type") or "").partition(";")[0].strip().lower()[:100]
+        )
+        if seen.content_type not in self.config.content_types:
+            raise _Failed("content type")
+        if (headers.get("Content-Encoding") or "identity").strip().lower() != "identity":
+            raise _Failed("content encoding")
+
+    def _read(self, answer: http.client.HTTPResponse) -> bytes:
+        announced = answer.length
+        if announced is not None and announced > self.config.max_bytes:
+            raise _Failed("too many bytes")
+        body = bytearray()
+        try:
+            while piece := answer.read(CHUNK):
+                body += piece
+                if len(body) > self.config.max_bytes:
+                    raise _Failed("too many bytes")
+        except http.client.IncompleteRead:
+            raise _Failed("truncated", again=True) from None
+        if announced is not None and len(body) < announced:
+            raise _Failed("truncated", again=True)
+        return bytes(body)
+
+
+def _left(deadline: float, most: float) -> float:
+    """Seconds to wait now. Raises TimeoutError when there are none left."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return min(left, most)
+
+
+class _Pieces(io.RawIOBase):
+    """What arrives, each piece in its time and all before the deadline."""
+
+    def __init__(self, connection: socket.socket, deadline: float, timeout: float) -> None:
+        self._connection, self._deadline, self._timeout = connection, deadline, timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(_left(self._deadline, self._timeout))
+        return self._connection.recv_into(buffer)
+
+
+class _Timed:
+    """As much of a socket as http.client uses; closed by whoever opened it."""
+
+    def __init__(self, connection: socket.socket, deadline: float, timeout: float) -> None:
+        self._connection, self._deadline, self._timeout = connection, deadline, timeout
+
+    def sendall(self, data: bytes) -> None:
+        self._connection.settimeout(_left(self._deadline, self._timeout))
+        self._connection.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Pieces(self._connection, self._deadline, self._timeout))
+
+    def close(self) -> None:
+        pass
+
+
+def _split(url: str) -> SplitResult:
+    """A URL with everything in it as the protocol wants it."""
+    if len(url) > MAX_URL:
+        _bad()
+    try:
+        parts = urlsplit(url.strip())
+        if parts.scheme not in PORTS:
+            raise _Failed("scheme")
+        host = parts.hostname or ""
+        if not host.isascii():
+            host = host.encode("idna").decode("ascii")
+        port = parts.port
+    except ValueError:  # of idna as well
+        _bad()
+    if not host or parts.username is not None or parts.password is not None:
+        _bad()
+    netloc = f"[{host}]" if ":" in host else host
+    return SplitResult(
+        parts.scheme,
+        netloc if port is None else f"{netloc}:{port}",
+        quote(parts.path, safe="/%:=&?~+!$,;'@()*[]") or "/",
+        quote(parts.query, safe="/%:=&?~+!$,;'@()*[]"),
+        "",
+    )
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        _bad()
+
+
+def _bad() -> NoReturn:
+    raise _Failed("bad url")
+
+
+def _retry_after(headers: Message) -> float:
+    """Seconds that an answer asks to wait; 0 where it does not say, or not understandably."""
+    said = (headers.get("Retry-After") or "").strip()
+    if said.isdecimal():
+        return float(said[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
