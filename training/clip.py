@@ -1,10 +1,11 @@
-"""Train CLIP on scenes; its text tower then conditions the U-Net.
+"""Train CLIP on scenes or on pictures; its text tower then conditions the U-Net.
 
 accelerate launch -m training.clip --config configs/emoji/clip.yaml
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
-from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.config import Config, load_config
+from latentdiff.data.held_out import HeldOut
 from latentdiff.data.order import Share
-from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.models.text_encoder import TextEncoder
 from training.config import RunConfig, StepLosses, seeded
-from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
+from training.data import MicroBatch, to_network
 from training.loop import make_accelerator, train
+from training.pairs import FilePairs, Pairs, PicturesConfig, ScenePairs
 from training.parallel import refuse_shards
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
@@ -53,10 +55,12 @@ class TowerConfig(Config):
 class ClipConfig(RunConfig):
     """A run of training.clip."""
 
-    scenes: Path
-    """The scenes' YAML file."""
+    scenes: Path | None = None
+    """The scenes' YAML file, or"""
+    pictures: PicturesConfig | None = None
+    """pictures and captions of files."""
     workers: int = Field(default=0, ge=0)
-    """Processes that draw scenes ahead."""
+    """Processes that draw scenes or read pictures ahead."""
     vocabulary_size: int = Field(gt=514)
     """Tokens at most: 512 for single bytes, two that begin and end a text, the rest merges."""
     tokenizer_captions: int = Field(default=20_000, gt=0)
@@ -79,36 +83,9 @@ class ClipConfig(RunConfig):
                 "micro_batch_size would cut a contrastive batch, whose samples are one another's "
                 "negatives; leave it out"
             )
+        if (self.scenes is None) == (self.pictures is None):
+            raise ValueError("name either scenes or pictures to learn from")
         return self
-
-
-class NearMisses(StepDataset):
-    """Scenes in fours: sample 4n is a scene, the three after it are near misses of it.
-
-    One has its objects in exchanged places, or another background; in the other two an object is
-    replaced by one of like colours. Without such neighbours in its batch a CLIP learns a bag of
-    words (Yuksekgonul et al. 2023), and of objects hardly more than their colour.
-    """
-
-    def __init__(self, scenes: EmojiScenes, tokenizer: CLIPTokenizer) -> None:
-        self.scenes, self.tokenizer = scenes, tokenizer
-
-    def scene(self, index: int) -> Scene:
-        number, variant = divmod(index, 4)
-        scene = self.scenes.scene(number)
-        if variant == 0:
-            return scene
-        if variant == 1:
-            swap = scene.relation is not None and number % 2 == 0
-            change = self.scenes.swapped if swap else self.scenes.recoloured
-            return change(scene, index)
-        return self.scenes.replaced(scene, variant % len(scene.objects), index)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        scene = self.scene(index)
-        ids = self.tokenizer(scene.caption, padding="max_length", truncation=True)["input_ids"]
-        image = torch.from_numpy(self.scenes.render(scene)).permute(2, 0, 1)
-        return {"image": image, "ids": torch.tensor(ids)}
 
 
 class TwoTowers(nn.Module):
@@ -124,14 +101,22 @@ class TwoTowers(nn.Module):
         return output.text_embeds, output.image_embeds, self.clip.logit_scale.exp()
 
 
+def open_pairs(config: ClipConfig) -> Pairs:
+    """Raises InputError when there is no such data."""
+    if config.scenes is not None:
+        return ScenePairs(config.scenes)
+    assert config.pictures is not None
+    return FilePairs(config.pictures, config.seed)
+
+
 class ClipProgram:
     """The symmetric contrastive loss of Radford et al. (2021), equation of figure 3."""
 
     def __init__(self, config: ClipConfig) -> None:
         self.config = config
-        self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-        self.inputs = {"scenes": self.scenes.digest}
-        captions = (self.scenes.scene(i).caption for i in range(config.tokenizer_captions))
+        self.pairs = open_pairs(config)
+        self.inputs = self.pairs.inputs
+        captions = self.pairs.captions(config.tokenizer_captions)
         self.tokenizer = train_tokenizer(captions, config.vocabulary_size, config.max_length)
         self.network = self._build()
 
@@ -144,7 +129,7 @@ class ClipProgram:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        picture = {"image_size": self.scenes.config.resolution, "patch_size": config.patch_size}
+        picture = {"image_size": self.pairs.resolution, "patch_size": config.patch_size}
         with seeded(config.seed):
             clip = CLIPModel(
                 CLIPConfig(
@@ -155,17 +140,20 @@ class ClipProgram:
             )
         return TwoTowers(clip)
 
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        return self.pairs.held_out()
+
     @property
     def unreadable(self) -> dict[int, str]:
-        """None: scenes are drawn."""
-        return {}
+        return self.pairs.unreadable
 
     def batches(self, steps: range, share: Share) -> Generator[list[MicroBatch], None, None]:
         self.loss = ClipLoss(
             local_loss=True, gather_with_grad=True, rank=share.rank, world_size=share.processes
         )
-        orders = endless_orders(steps, self.config.batch_size, share)
-        return loader(NearMisses(self.scenes, self.tokenizer), orders, self.config.workers)
+        config = self.config
+        return self.pairs.batches(steps, config.batch_size, share, self.tokenizer, config.workers)
 
     def losses(
         self, forward: Callable[..., Any], batch: MicroBatch, device: torch.device
@@ -183,33 +171,26 @@ class ClipProgram:
         return None
 
     def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
-        """Share of unseen captions that retrieve their own picture of 256."""
+        """Share of unseen captions that retrieve their own picture."""
         right = self.retrieved(device)
         return {"evaluation/retrieval": (float(right.sum()), len(right))}
 
     def retrieved(self, device: torch.device) -> Tensor:
-        """Whether each of 256 unseen captions retrieves its own picture, [256]."""
-        scenes = EmojiScenes(self.scenes.config, "held_out")
-        similarity = self.similarity([scenes.scene(index) for index in range(256)], scenes, device)
-        return similarity.argmax(dim=1).cpu() == torch.arange(256)
+        """Whether each of the unseen captions retrieves its own picture, [N]."""
+        similarity = self.similarity(self.held_out, device)
+        return similarity.argmax(dim=1).cpu() == torch.arange(len(similarity))
 
     def samples(self, device: torch.device) -> Image.Image:
-        """Unseen scenes above the pictures that their captions retrieve among 256."""
-        scenes = EmojiScenes(self.scenes.config, "held_out")
-        shown = [scenes.scene(index) for index in range(256)]
-        pictures = [Image.fromarray(scenes.render(scene)) for scene in shown]
-        found = self.similarity(shown, scenes, device).argmax(dim=1).tolist()
-        return grid(pictures[:12] + [pictures[found[row]] for row in range(12)], 12)
+        """Unseen pictures above those that their captions retrieve among all of them."""
+        found = self.similarity(self.held_out, device).argmax(dim=1)[:12].cpu()
+        images = self.held_out.images.permute(0, 2, 3, 1).numpy()
+        shown = [Image.fromarray(image) for image in images[:12]]
+        return grid([*shown, *(Image.fromarray(images[row]) for row in found)], len(shown))
 
-    def similarity(self, shown: list[Scene], scenes: EmojiScenes, device: torch.device) -> Tensor:
+    def similarity(self, pairs: HeldOut, device: torch.device) -> Tensor:
         """Cosine of each caption (row) with each picture (column)."""
-        ids = TextEncoder(self.tokenizer, self.network.clip.text_model).tokenize(
-            [scene.caption for scene in shown]
-        )
-        images = torch.stack([torch.from_numpy(scenes.render(scene)) for scene in shown])
-        texts, pictures, _ = self.network(
-            ids.to(device), to_network(images.permute(0, 3, 1, 2), device)
-        )
+        ids = TextEncoder(self.tokenizer, self.network.clip.text_model).tokenize(pairs.captions)
+        texts, pictures, _ = self.network(ids.to(device), to_network(pairs.images, device))
         return F.normalize(texts.float()) @ F.normalize(pictures.float()).T
 
     def finish(self, directory: Path, device: torch.device) -> None:
@@ -218,8 +199,9 @@ class ClipProgram:
         clip.save_pretrained(directory / "clip")
         clip.text_model.save_pretrained(directory / "text_encoder")
         self.tokenizer.save_pretrained(directory / "tokenizer")
-        right = self.retrieved(device).float().mean()
-        print(f"unseen captions that retrieve their own picture of 256: {right:.1%}")
+        right = self.retrieved(device)
+        share = f"{right.float().mean():.1%}"
+        print(f"unseen captions that retrieve their own picture of {len(right)}: {share}")
 
 
 def main() -> None:

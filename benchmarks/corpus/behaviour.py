@@ -217,5 +217,5 @@ LINKS = {
     "a file": "file:///etc/passwd",
     "another scheme": "gopher://127.0.0.1:{port}{path}",
 }
-LINK_REASONS = {name: ("private address", "scheme", "dns") for name in LINKS}
+LINK_REASONS = dict.fromkeys(LINKS, ("private address", "scheme", "dns"))
 """Under one of which training.laion counts each."""

@@ -14,9 +14,10 @@ import torch
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from latentdiff.config import load_yaml
+from latentdiff.data.held_out import HeldOut
 from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
-from training.clip import NearMisses
+from training.pairs import NearMisses
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -119,11 +120,12 @@ def test_both_towers_learn_from_the_loss(program: Any) -> None:
 
 
 def test_similarity_is_the_cosine_of_the_towers(program: Any) -> None:
-    scenes = program.scenes
+    scenes = program.pairs.scenes
     shown = [scenes.scene(index) for index in range(6)]
+    images = np.stack([scenes.render(scene) for scene in shown])
+    pairs = HeldOut([s.caption for s in shown], torch.from_numpy(images).permute(0, 3, 1, 2))
     with torch.no_grad():
-        found = program.similarity(shown, scenes, CPU)
-        images = np.stack([scenes.render(scene) for scene in shown])
+        found = program.similarity(pairs, CPU)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         ids = program.tokenizer(
             [scene.caption for scene in shown], padding="max_length", return_tensors="pt"

@@ -1,0 +1,175 @@
+"""How well a CLIP finds the caption that a picture was drawn from, among those of other pictures.
+
+python -m inference.retrieval --config configs/laion/openclipart/retrieval.yaml
+
+Each of several models draws N held-out captions with the same seeds. A picture is right where its
+own caption is the nearest to it of the N (top-1), or among the five nearest (top-5). The captions'
+real pictures, judged in the same way, say what the CLIP can tell apart at best.
+Prints one line of JSON, and writes it, a sheet of each model and one of all side by side.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPModel
+
+from inference.sheet import labelled_sheet
+from latentdiff.config import Config, load_config
+from latentdiff.data.buckets import fit
+from latentdiff.data.held_out import first_pairs
+from latentdiff.data.images import SourceConfig, open_source
+from latentdiff.errors import InputError, run_command
+from latentdiff.model_files import staged_file, write_json
+from latentdiff.models.text_encoder import TextEncoder
+from latentdiff.networks import load_tokenizer
+from latentdiff.pipeline import TextToImage
+
+BATCH = 8
+SHOWN = 48
+
+
+class RetrievalConfig(Config):
+    """A run of inference.retrieval."""
+
+    run_dir: Path
+    """retrieval.json and the sheets go here."""
+    models: dict[str, str] = Field(min_length=1)
+    """What to draw with, by names of your own: directories, names on the hub, "emoji"."""
+    clip: Path
+    """Directory with clip/ and tokenizer/, written by training.clip."""
+    source: SourceConfig
+    """Pictures and captions that neither the models nor the CLIP learned from."""
+    captions: int = Field(default=100, gt=1)
+    """N: of the first pictures with captions that differ."""
+    device: str = "cpu"
+    """Where the models run: "cpu", "cuda", "cuda:1"."""
+    seed: int = Field(default=0, ge=0)
+    """Caption i is drawn with seed + i by every model."""
+    num_inference_steps: int = Field(default=25, gt=0)
+    """Calls of the U-Net for a picture."""
+    guidance_scale: float = Field(default=4.0, ge=0)
+    """Classifier-free guidance."""
+    sampler: str = "ddim"
+    """The sampler's name."""
+
+
+class ClipJudge:
+    """A CLIP of training.clip.
+
+    Raises InputError when there is no such CLIP.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not (directory / "clip").is_dir():
+            raise InputError(f"{directory / 'clip'} is missing; train it with training.clip first.")
+        self.clip = CLIPModel.from_pretrained(directory / "clip", use_safetensors=True).eval()
+        self.side: int = self.clip.config.vision_config.image_size
+        tokenizer = load_tokenizer(directory / "tokenizer")
+        self.text = TextEncoder(tokenizer, self.clip.text_model)
+
+    @torch.inference_mode()
+    def similarity(self, images: Tensor, captions: list[str]) -> Tensor:
+        """Cosine of each picture (row) with each caption (column); images uint8 [B, 3, H, W]."""
+        pixels = images.float().div(127.5).sub(1)
+        output = self.clip(input_ids=self.text.tokenize(captions), pixel_values=pixels)
+        return output.image_embeds @ output.text_embeds.T
+
+    def squares(self, pictures: list[Image.Image]) -> Tensor:
+        """uint8 [B, 3, H, W] of the size that the CLIP sees."""
+        fitted = [fit(picture, (self.side, self.side))[0] for picture in pictures]
+        stacked = np.stack([np.array(picture) for picture in fitted])
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+
+
+def ranks(similarity: Tensor) -> Tensor:
+    """How many captions are nearer to picture i than caption i, or as near: [N], 0 at best."""
+    own = similarity.diagonal()[:, None]
+    return (similarity >= own).sum(dim=1) - 1
+
+
+def figures(similarity: Tensor) -> dict[str, float]:
+    """Shares of pictures whose caption is found, and the mean cosine with it."""
+    place = ranks(similarity)
+    return {
+        "top_1": round(float((place < 1).float().mean()), 4),
+        "top_5": round(float((place < 5).float().mean()), 4),
+        "cosine": round(float(similarity.diagonal().mean()), 4),
+    }
+
+
+def drawn(config: RetrievalConfig, name: str, captions: list[str]) -> list[Image.Image]:
+    """A picture of each caption by one of the models."""
+    model = TextToImage.load(config.models[name], device=config.device)
+    pictures: list[Image.Image] = []
+    for first in tqdm(range(0, len(captions), BATCH), desc=name, unit="batch"):
+        made = model.generate(
+            captions[first : first + BATCH],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            sampler=config.sampler,
+            seed=config.seed + first,
+        )
+        assert isinstance(made, list)
+        pictures += made
+    return pictures
+
+
+def beside(pictures: list[Image.Image], side: int) -> Image.Image:
+    """Squares in one row."""
+    row = Image.new("RGB", (side * len(pictures), side))
+    for number, picture in enumerate(pictures):
+        row.paste(picture.resize((side, side)), (number * side, 0))
+    return row
+
+
+def retrieve(config: RetrievalConfig) -> dict[str, Any]:
+    """All figures; see the module's text. Raises InputError for what is not there."""
+    judge = ClipJudge(config.clip)
+    pairs = first_pairs(open_source(config.source), config.captions, judge.side)
+    captions, count = pairs.captions, len(pairs.captions)
+    results: dict[str, Any] = {
+        "captions": count,
+        "chance": {"top_1": round(1 / count, 4), "top_5": round(min(5 / count, 1), 4)},
+        "real": figures(judge.similarity(pairs.images, captions)),
+    }
+    real = [Image.fromarray(image) for image in pairs.images.permute(0, 2, 3, 1).numpy()]
+    columns = {"real": real}
+    for name in config.models:
+        pictures = columns[name] = drawn(config, name, captions)
+        similarity = judge.similarity(judge.squares(pictures), captions)
+        results[name] = figures(similarity)
+        frames = ["green" if place < 1 else "gray" for place in ranks(similarity)[:SHOWN].tolist()]
+        page = labelled_sheet(pictures[:SHOWN], captions[:SHOWN], 8, 2, frames)
+        save(page, config.run_dir / f"{name}.png")
+    rows = [beside(list(shown), 2 * judge.side) for shown in zip(*columns.values(), strict=True)]
+    save(
+        labelled_sheet(rows[:SHOWN], captions[:SHOWN], columns=4),
+        config.run_dir / "side_by_side.png",
+    )
+    return results
+
+
+def save(page: Image.Image, file: Path) -> None:
+    with staged_file(file) as path:
+        page.save(path, "PNG")
+
+
+def main() -> None:
+    config = load_config(RetrievalConfig)
+    results = retrieve(config)
+    with staged_file(config.run_dir / "retrieval.json") as path:
+        write_json(results, path)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    run_command(main)
