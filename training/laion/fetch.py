@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import http.client
-import io
 import socket
 import ssl
-import string
 import time
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, NoReturn
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from typing import Literal
+from urllib.parse import SplitResult
 
 from pydantic import Field
 
@@ -20,6 +18,8 @@ from latentdiff.config import Config
 from training.laion.addresses import Resolver, is_public
 from training.laion.opt_out import forbidding
 from training.laion.politeness import Politeness
+from training.laion.sockets import Timed, left
+from training.laion.urls import PORTS, UnusableUrl, moved, port_of, split
 
 FetchReason = Literal[
     "bad url",
@@ -41,11 +41,9 @@ FetchReason = Literal[
 ]
 """Why there is no file."""
 
-PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which another try may do better."""
-MAX_URL = 8192
 MAX_ADDRESSES = 4
 """Of one host, tried one after the other."""
 CHUNK = 1 << 16
@@ -149,6 +147,8 @@ class Fetcher:
             seen = _Seen()
             try:
                 return Fetched(None, self._follow(url, seen), **vars(seen))
+            except UnusableUrl as failure:
+                return Fetched(failure.reason, **vars(seen))
             except _Failed as failure:
                 last = attempt == self.config.retries
                 if last or not failure.again or failure.wait > self.config.max_retry_after:
@@ -159,14 +159,14 @@ class Fetcher:
     def _follow(self, url: str, seen: _Seen) -> bytes:
         spent = 0.0
         for _ in range(self.config.max_redirects + 1):
-            parts = _split(url)
+            parts = split(url)
             with self._politeness(parts.netloc):
                 began = time.monotonic()
                 found = self._ask(parts, began + self.config.deadline - spent, seen)
                 spent += time.monotonic() - began
             if isinstance(found, bytes):
                 return found
-            url = _joined(url, found)
+            url = found
         raise _Failed("redirects")
 
     def _ask(self, parts: SplitResult, deadline: float, seen: _Seen) -> bytes | str:
@@ -181,13 +181,15 @@ class Fetcher:
             raise _Failed("connection", again=True) from None
         except http.client.HTTPException:
             raise _Failed("http error", again=True) from None
+        except UnusableUrl:
+            raise
         except ValueError:  # hosts that no name can be
-            raise _Failed("bad url") from None
+            raise UnusableUrl("bad url") from None
 
     def _connect(self, parts: SplitResult, deadline: float) -> socket.socket:
-        host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
+        host, port = str(parts.hostname), port_of(parts)
         try:
-            addresses = self._resolve(host, port, _left(deadline, self.config.timeout))
+            addresses = self._resolve(host, port, left(deadline, self.config.timeout))
         except TimeoutError:
             raise _Failed("dns", again=True) from None
         except (OSError, UnicodeError) as error:
@@ -200,7 +202,7 @@ class Fetcher:
         for address in addresses[:MAX_ADDRESSES]:
             try:
                 connection = socket.create_connection(
-                    (address, port), _left(deadline, self.config.timeout)
+                    (address, port), left(deadline, self.config.timeout)
                 )
             except OSError as failure:
                 last = failure
@@ -214,10 +216,9 @@ class Fetcher:
     def _converse(
         self, connection: socket.socket, parts: SplitResult, deadline: float, seen: _Seen
     ) -> bytes | str:
-        port = parts.port or PORTS[parts.scheme]
-        request = http.client.HTTPConnection(str(parts.hostname), port)
+        request = http.client.HTTPConnection(str(parts.hostname), port_of(parts))
         request.default_port = PORTS[parts.scheme]  # type: ignore[misc]
-        request.sock = _Timed(connection, deadline, self.config.timeout)  # type: ignore[assignment]
+        request.sock = Timed(connection, deadline, self.config.timeout)  # type: ignore[assignment]
         headers = {
             "User-Agent": self.config.user_agent,
             "Accept": "image/*,*/*;q=0.5",
@@ -229,14 +230,14 @@ class Fetcher:
         answer = request.getresponse()
         seen.http_status = answer.status
         location = answer.headers.get("Location")
-        moved = answer.status in REDIRECTS and location is not None
-        if not moved:
+        elsewhere = answer.status in REDIRECTS and location is not None
+        if not elsewhere:
             self._check_status(answer, parts)
         seen.opt_out = forbidding(answer.headers, self.config.opt_out, self.agents) or "allowed"
         if seen.opt_out != "allowed":
             raise _Failed("opted out")
-        if moved:
-            return quote(str(location), safe=string.punctuation, encoding="latin-1")
+        if elsewhere:
+            return moved(parts, str(location))
         self._check_type(answer.headers, seen)
         return self._read(answer)
 
@@ -281,82 +282,6 @@ class Fetcher:
         if announced is not None and len(body) < announced:
             raise _Failed("truncated", again=True)
         return bytes(body)
-
-
-def _left(deadline: float, most: float) -> float:
-    """Seconds to wait now. Raises TimeoutError when there are none left."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return min(left, most)
-
-
-class _Pieces(io.RawIOBase):
-    """What arrives, each piece in its time and all before the deadline."""
-
-    def __init__(self, connection: socket.socket, deadline: float, timeout: float) -> None:
-        self._connection, self._deadline, self._timeout = connection, deadline, timeout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(_left(self._deadline, self._timeout))
-        return self._connection.recv_into(buffer)
-
-
-class _Timed:
-    """As much of a socket as http.client uses; closed by whoever opened it."""
-
-    def __init__(self, connection: socket.socket, deadline: float, timeout: float) -> None:
-        self._connection, self._deadline, self._timeout = connection, deadline, timeout
-
-    def sendall(self, data: bytes) -> None:
-        self._connection.settimeout(_left(self._deadline, self._timeout))
-        self._connection.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Pieces(self._connection, self._deadline, self._timeout))
-
-    def close(self) -> None:
-        pass
-
-
-def _split(url: str) -> SplitResult:
-    """A URL with everything in it as the protocol wants it."""
-    if len(url) > MAX_URL:
-        _bad()
-    try:
-        parts = urlsplit(url.strip())
-        if parts.scheme not in PORTS:
-            raise _Failed("scheme")
-        host = parts.hostname or ""
-        if not host.isascii():
-            host = host.encode("idna").decode("ascii")
-        port = parts.port
-    except ValueError:  # of idna as well
-        _bad()
-    if not host or parts.username is not None or parts.password is not None:
-        _bad()
-    netloc = f"[{host}]" if ":" in host else host
-    return SplitResult(
-        parts.scheme,
-        netloc if port is None else f"{netloc}:{port}",
-        quote(parts.path, safe="/%:=&?~+!$,;'@()*[]") or "/",
-        quote(parts.query, safe="/%:=&?~+!$,;'@()*[]"),
-        "",
-    )
-
-
-def _joined(url: str, location: str) -> str:
-    try:
-        return urljoin(url, location)
-    except ValueError:
-        _bad()
-
-
-def _bad() -> NoReturn:
-    raise _Failed("bad url")
 
 
 def _retry_after(headers: Message) -> float:
