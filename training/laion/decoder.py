@@ -32,6 +32,8 @@ InspectReason = Literal[
 ]
 """Why a file is no picture to train on."""
 
+OUT_OF_MEMORY = 3
+"""Exit status where a file has no room at all: what is left of it would be read as the next."""
 READABLE = ("JPEG", "PNG", "WEBP", "GIF")
 MAGIC = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -168,6 +170,9 @@ def main() -> None:
         _allow(options["seconds"])
         try:
             data = sys.stdin.buffer.read(int.from_bytes(header, "big"))
+        except MemoryError:
+            sys.exit(OUT_OF_MEMORY)
+        try:
             width, height, kind = inspect(data, tuple(options["formats"]), options["max_pixels"])
             _answer({"width": width, "height": height, "format": kind})
         except Refused as refusal:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from latentdiff.config import Config
 from latentdiff.data.decode import MAX_PIXELS
-from training.laion.decoder import InspectReason
+from training.laion.decoder import OUT_OF_MEMORY, READABLE, InspectReason
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
@@ -129,6 +129,8 @@ class Inspector:
         self._process.kill()
         status = self._process.wait()
         self.close()
+        if status == OUT_OF_MEMORY:
+            return "decode out of memory"
         return "decode timeout" if status == -signal.SIGXCPU else "decode crashed"
 
     def _send(self, data: bytes, deadline: float) -> None:
@@ -158,7 +160,7 @@ def _inspected(values: dict[str, Any]) -> Inspected:
         case {"reason": str(reason)} if reason in get_args(InspectReason):
             return Inspected(reason)  # type: ignore[arg-type]
         case {"width": int(width), "height": int(height), "format": str(kind)}:
-            if 0 < width * height <= MAX_PIXELS and len(kind) <= 16:
+            if min(width, height) > 0 and width * height <= MAX_PIXELS and kind in READABLE:
                 return Inspected(None, width, height, kind)
     raise ValueError("no answer")
 
