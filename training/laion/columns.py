@@ -225,7 +225,7 @@ def _numbers(array: pa.Array, field: pa.Field) -> tuple[pa.Array, int]:
     given = len(array) - array.null_count
     if _is_text(array.type):
         text = pc.utf8_trim_whitespace(_utf8(array))
-        given = pc.sum(pc.not_equal(text, "")).as_py() or 0
+        given -= pc.sum(pc.equal(text, "")).as_py() or 0
         array = pc.if_else(
             pc.match_substring_regex(text, NUMBER), text, pa.scalar(None, pa.string())
         )

@@ -44,8 +44,7 @@ class Domains:
 def host(netloc: str) -> str:
     """The host of "user@host:port", in lower case and as it is asked of name servers."""
     name = netloc.rpartition("@")[2]
-    if not name.startswith("["):
-        name = name.partition(":")[0]
+    name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
     name = name.lower().rstrip(".")
     if not name.isascii():
         try:
