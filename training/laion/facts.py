@@ -56,13 +56,23 @@ def facts(directory: Path) -> dict[str, Any]:
 
 def _selection(path: Path, sha256: str) -> dict[str, Any]:
     """What the manifest says of the selection; of the metadata files the names alone."""
-    manifest = read_json(path, MAX_MANIFEST_BYTES)
+    if not path.is_file():
+        raise InputError(f"There is no selection at {path}; the card's funnel is in it.")
     if _sha256(path) != sha256:
         raise InputError(
             f"{path} is not the selection that the lockfile was made from; run the steps download "
             "and dedup again."
         )
-    return manifest
+    manifest = read_json(path, MAX_MANIFEST_BYTES)
+    return {
+        "rows": manifest["rows"],
+        "funnel": manifest["funnel"],
+        "unusable": manifest["unusable"],
+        "metadata": [
+            {"name": Path(each["name"]).name, "bytes": each["bytes"], "family": each["family"]}
+            for each in manifest["metadata"]
+        ],
+    }
 
 
 def _counts(path: Path) -> dict[str, Any]:
@@ -142,7 +152,7 @@ def _column(
 ) -> np.ndarray:
     """Numbers of what is known in a column of the kept samples, all or those of a split."""
     found = [np.empty(0, dtype=np.int64)]
-    for table in read_batches(path, dict.fromkeys((name, "split")), KEPT):
+    for table in read_batches(path, list({name, "split"}), KEPT):
         if split is not None:
             table = table.filter(pc.equal(table["split"], split))
         if len(column := table[name].drop_null()):

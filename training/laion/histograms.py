@@ -14,6 +14,8 @@ MOST_BARS = 32
 TAIL = 0.005
 """Share of the values that may lie on either side of the bars, so that a few do not set the scale.
 """
+NEAR = 0.05
+"""Of the scale: extremes as near as that to it are inside all the same."""
 HEADER = 42
 """Pixels above the chart for its title."""
 
@@ -50,6 +52,9 @@ def binned(values: np.ndarray, logarithmic: bool = False) -> Histogram:
     are inside.
     """
     low, high = np.quantile(values, [TAIL, 1 - TAIL], method="nearest").tolist()
+    near = NEAR * (high - low)
+    least, most = values.min().item(), values.max().item()
+    low, high = least if least >= low - near else low, most if most <= high + near else high
     edges = _ratios(low, high) if logarithmic else _multiples(low, high, values.dtype.kind == "i")
     places = np.searchsorted(edges, values, side="right")
     counts = np.bincount(places, minlength=len(edges) + 1).tolist()
