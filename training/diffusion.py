@@ -33,6 +33,7 @@ from training.lora import LoRAConfig, attach, save_lora
 from training.network import Text, TextToLatents
 from training.objective import ObjectiveConfig
 from training.pictures import grid
+from training.takedown import Removal, TakedownConfig, listed_samples
 
 
 class DiffusionConfig(PartsConfig):
@@ -46,6 +47,9 @@ class DiffusionConfig(PartsConfig):
     """How many bytes of them; the least recently used ones go first."""
     images: LiveConfig | None = None
     """Pictures to train on straight away, encoded in every step, in place of a cache."""
+    takedown: TakedownConfig | None = None
+    """Pictures that others take the place of: from the start, or where the run is resumed from the
+    next epoch on. What was taken down once stays out."""
     validation_cache: str | None = None
     """A cache of held-out samples, whose loss is logged; none by default."""
     validation_samples: int = Field(default=256, gt=0)
@@ -95,9 +99,14 @@ class DiffusionProgram:
             self.held_out = self.open_cache(config.validation_cache, VALIDATION_SEED)
             counts = self.held_out.counts
             self.held_out_plan = Plan(VALIDATION_SEED, counts, config.batch_size)
+            self.held_out_removal = self.removal_from(self.held_out, self.held_out_plan)
+            self.held_out_removal.begin(0)
         if config.evaluate_every and parts.vocabulary is None:
             raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
+        self.removal = self.removal_from(self.latents, self.plan, config.run_dir)
+        if isinstance(self.latents, LiveLatents):
+            self.latents.removal = self.removal
         self.network = TextToLatents(parts, config.train_text_encoder)
         text, base = (
             tensors_digest(network.state_dict()) for network in (parts.text_encoder, parts.unet)
@@ -119,13 +128,19 @@ class DiffusionProgram:
         config = self.config
         return CachedLatents(url, self.parts, seed, config.cache_local, config.cache_local_bytes)
 
+    def removal_from(self, latents: Latents, plan: Plan, run_dir: Path | None = None) -> Removal:
+        listed = listed_samples(self.config.takedown, latents)
+        return Removal(plan, latents.digest, run_dir, listed)
+
     @property
     def unreadable(self) -> dict[int, str]:
         return self.latents.unreadable
 
     def batches(self, steps: range, share: Share) -> Generator[list[Batch], None, None]:
         """Read, and drawn for, ahead of their steps."""
-        read = self.latents.batches(planned_orders(steps, self.plan, share))
+        self.removal.begin(steps.start, write=share.rank == 0)
+        orders = self.removal.replaced(planned_orders(steps, self.plan, share))
+        read = self.latents.batches(orders)
         return prefetch([self.drawn(batch) for batch in step] for step in read)
 
     def drawn(self, batch: Batch) -> Batch:
@@ -168,9 +183,10 @@ class DiffusionProgram:
         size, plain = self.config.batch_size, ObjectiveConfig(caption_dropout=0)
         plan = self.held_out_plan
         steps = range(min(plan.steps_per_epoch, -(-self.config.validation_samples // size)))
+        orders = self.held_out_removal.replaced(planned_orders(steps, plan, share))
         losses = [
             self.loss_of(forward, batch, device, plain)[0]
-            for micro_batches in self.held_out.batches(planned_orders(steps, plan, share))
+            for micro_batches in self.held_out.batches(orders)
             for batch in micro_batches
         ]
         return float(torch.cat(losses).sum()), sum(map(len, losses))

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from pydantic import Field
@@ -28,6 +28,9 @@ from latentdiff.models.autoencoder import Autoencoder, Posterior
 from latentdiff.rng import keyed_normal, keyed_uniform
 from training.data import StepOrder, launched, loader, to_network
 from training.encoder import encoder_digest
+
+if TYPE_CHECKING:
+    from training.takedown import Removal
 
 
 class LiveConfig(Config):
@@ -167,6 +170,8 @@ class LiveLatents:
 
     def __init__(self, config: LiveConfig, parts: ModelParts, seed: int, scanned: Path) -> None:
         self.config, self.seed = config, seed
+        self.removal: Removal | None = None
+        """What must not take an unreadable sample's place."""
         self.images = LiveImages(
             open_source(config.source),
             config.sizes,
@@ -196,6 +201,8 @@ class LiveLatents:
 
     def substitute(self, epoch: int, sample: int, attempt: int) -> int:
         """Another sample of the same bucket."""
+        if self.removal is not None:
+            return next(itertools.islice(self.removal.others(epoch, sample), attempt, None))
         ends = list(itertools.accumulate(self.counts))
         bucket = bisect.bisect_right(ends, sample)
         first = ends[bucket] - self.counts[bucket]

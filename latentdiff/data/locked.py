@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import tarfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,11 @@ class LockedSource(ImageTextSource):
     def key(self, index: int) -> str:
         """The sample's key in the lockfile."""
         return f"{self._keys[index]:0{self._digits}d}"
+
+    def holding(self, sha256: Collection[str]) -> set[int]:
+        """The numbers of the pictures with these digests."""
+        wanted = {bytes.fromhex(each) for each in sha256}
+        return {index for index, each in enumerate(self._sha256.tolist()) if each in wanted}
 
     def size(self, index: int) -> tuple[int, int]:
         return int(self._widths[index]), int(self._heights[index])

@@ -1,0 +1,162 @@
+"""Which pictures are one: pairs that look alike, and who of them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.laion.features import MAX_ASPECT_STEP, differences
+from training.laion.phash import VIEWS, candidates
+
+PIECE = 1 << 14
+"""Pairs that a process compares at a time."""
+MANY = 1 << 20
+"""Candidates after which those that came twice are left out."""
+
+Map = Callable[..., Iterator[np.ndarray]]
+"""map, or that of a pool of processes."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures that can be used, in the order of their keys, [N] each."""
+
+    shard: np.ndarray
+    row: np.ndarray
+    """In the shard's features."""
+    sha256: np.ndarray
+    """Of 32 bytes."""
+    size: np.ndarray
+    """int64 [N, 2], width and height in pixels."""
+    hashes: np.ndarray
+    """uint64 [N, VIEWS]."""
+    aspects: np.ndarray
+    """float32 [N, VIEWS]."""
+    taken: np.ndarray
+    """bool: what must not be used."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def ranks(self) -> np.ndarray:
+        """int64 [N]: of two that are one, that of the lower rank stays. What was taken down, so
+        that it takes its copies along; the larger; the earlier key.
+        """
+        order = np.lexsort((np.arange(len(self)), -self.size.prod(axis=1), ~self.taken))
+        ranks = np.empty(len(self), dtype=np.int64)
+        ranks[order] = np.arange(len(self))
+        return ranks
+
+
+def exact(pictures: Pictures, ranks: np.ndarray) -> np.ndarray:
+    """For each picture the one of the same sha256 that stays, [N]; itself where it does."""
+    order = np.lexsort((ranks, pictures.sha256))
+    ordered = pictures.sha256[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    stays = np.empty(len(order), dtype=np.int64)
+    stays[order] = order[np.flatnonzero(first)[np.cumsum(first) - 1]] if len(order) else order
+    return stays
+
+
+def near(
+    pictures: Pictures,
+    among: np.ndarray,
+    names: list[str],
+    directory: Path,
+    most_bits: int,
+    max_difference: float,
+    window: int,
+    mapped: Map = map,
+) -> np.ndarray:
+    """Pairs of `among` that look alike in some view, int64 [P, 2]."""
+    found = _candidates(pictures, among, most_bits, window)
+    if not len(found):
+        return found
+    places = np.stack([pictures.shard, pictures.row], axis=1)
+    pieces = [found[start : start + PIECE] for start in range(0, len(found), PIECE)]
+    measured = mapped(
+        differences,
+        [directory] * len(pieces),
+        [names] * len(pieces),
+        [places[piece[:, 0]] for piece in pieces],
+        [places[piece[:, 1]] for piece in pieces],
+    )
+    bits = np.bitwise_count(pictures.hashes[found[:, 0]] ^ pictures.hashes[found[:, 1]])
+    aspects = np.abs(pictures.aspects[found[:, 0]] - pictures.aspects[found[:, 1]])
+    alike = np.concatenate(list(measured)) <= max_difference
+    return found[(alike & (bits <= most_bits) & (aspects <= MAX_ASPECT_STEP)).any(axis=1)]
+
+
+def _candidates(pictures: Pictures, among: np.ndarray, most_bits: int, window: int) -> np.ndarray:
+    """Pairs of `among` with near hashes in a view of like shape, each once, int64 [P, 2]."""
+    found, waiting, count = np.empty(0, dtype=np.int64), [np.empty(0, dtype=np.int64)], 0
+    for view in range(VIEWS):
+        for i, j in candidates(pictures.hashes[among, view], most_bits, window):
+            first, second = among[np.minimum(i, j)], among[np.maximum(i, j)]
+            aspects = np.abs(pictures.aspects[first, view] - pictures.aspects[second, view])
+            waiting.append((first * len(pictures) + second)[aspects <= MAX_ASPECT_STEP])
+            count += len(waiting[-1])
+            if count > max(len(found), MANY):
+                found, waiting, count = np.unique(np.concatenate([found, *waiting])), [], 0
+    pairs = np.unique(np.concatenate([found, *waiting]))
+    return np.stack(np.divmod(pairs, max(len(pictures), 1)), axis=1)
+
+
+def alike(embeddings: np.ndarray, cosine: float, block: int = 4096) -> np.ndarray:
+    """Pairs of unit vectors float32 [N, D] whose cosine is at least so large, int64 [P, 2].
+
+    Every pair is looked at, block by block: the time goes with N squared.
+    """
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, len(embeddings), block):
+        rows = embeddings[start : start + block]
+        for other in range(start, len(embeddings), block):
+            i, j = np.nonzero(rows @ embeddings[other : other + block].T >= cosine)
+            pairs = np.stack([i + start, j + other], axis=1)
+            found.append(pairs[pairs[:, 0] < pairs[:, 1]])
+    return np.concatenate(found)
+
+
+def stay(pairs: np.ndarray, ranks: np.ndarray) -> dict[int, int]:
+    """{picture that goes: the one alike that stays}, of which no two are a pair.
+
+    By rank, each stays unless one that it is a pair with stays already; where there are several,
+    it goes for the first.
+    """
+    neighbours: dict[int, list[int]] = {}
+    for i, j in pairs.tolist():
+        neighbours.setdefault(i, []).append(j)
+        neighbours.setdefault(j, []).append(i)
+    gone: dict[int, int] = {}
+    for picture in sorted(neighbours, key=lambda each: int(ranks[each])):
+        before = [
+            other
+            for other in neighbours[picture]
+            if ranks[other] < ranks[picture] and other not in gone
+        ]
+        if before:
+            gone[picture] = min(before, key=lambda each: int(ranks[each]))
+    return gone
+
+
+def groups(count: int, pairs: np.ndarray) -> np.ndarray:
+    """For each of so many pictures the least one that a chain of pairs leads to, int64 [N]."""
+    least: dict[int, int] = {}
+
+    def root(each: int) -> int:
+        while (above := least.get(each, each)) != each:
+            least[each] = least.get(above, above)
+            each = least[each]
+        return each
+
+    for i, j in pairs.tolist():
+        low, high = sorted((root(i), root(j)))
+        least[high] = low
+    found = np.arange(count, dtype=np.int64)
+    for each in list(least):
+        found[each] = root(each)
+    return found
