@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Literal
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 PORTS = {"http": 80, "https": 443}
 MAX_URL = 8192
+HOST = re.compile(r"[a-z0-9._:-]+")
 KEPT = "/%:=&?~+!$,;'@()*[]"
 """Of paths and queries, besides letters, digits and _.-"""
 
@@ -36,7 +38,7 @@ def split(url: str) -> SplitResult:
         raise UnusableUrl("bad url") from None
     if parts.scheme not in PORTS:
         raise UnusableUrl("scheme")
-    if not host or parts.username is not None or parts.password is not None:
+    if not HOST.fullmatch(host) or parts.username is not None or parts.password is not None:
         raise UnusableUrl("bad url")
     netloc = f"[{host}]" if ":" in host else host
     return SplitResult(
