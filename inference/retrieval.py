@@ -109,6 +109,7 @@ def figures(similarity: Tensor) -> dict[str, float]:
 def drawn(config: RetrievalConfig, name: str, captions: list[str]) -> list[Image.Image]:
     """A picture of each caption by one of the models."""
     model = TextToImage.load(config.models[name], device=config.device)
+    warnings.simplefilter("ignore", UnknownWordWarning)
     pictures: list[Image.Image] = []
     for first in tqdm(range(0, len(captions), BATCH), desc=name, unit="batch"):
         made = model.generate(

@@ -251,11 +251,15 @@ def config_class(path: Path) -> type[Config]:
     """The class that the program of a YAML's name gives to load_config."""
     if path.stem == "scenes":
         return ScenesConfig
-    for package in ("training", "inference"):
-        source = ROOT / package / f"{path.stem}.py"
+    for module in (
+        f"training.{path.stem}",
+        f"inference.{path.stem}",
+        f"training.{path.stem}.__main__",
+    ):
+        source = ROOT / f"{module.replace('.', '/')}.py"
         if source.is_file():
             (name,) = re.findall(r"load_config\((\w+)", source.read_text("utf-8"))
-            found: type[Config] = getattr(importlib.import_module(f"{package}.{path.stem}"), name)
+            found: type[Config] = getattr(importlib.import_module(module), name)
             return found
     raise AssertionError(f"{path} is named after no program")
 
@@ -313,10 +317,10 @@ def test_every_yaml_names_configs_that_exist(path: Path) -> None:
             assert (ROOT / value).is_file(), (key, value)
 
 
-@pytest.mark.parametrize("trained", sorted((ROOT / "configs").glob("*/diffusion.yaml")), ids=names)
+@pytest.mark.parametrize("trained", sorted((ROOT / "configs").rglob("diffusion.yaml")), ids=names)
 def test_what_one_program_makes_the_next_one_finds(trained: Path) -> None:
     sets = [read_yaml(path) for path in trained.parent.glob("*.yaml")]
-    made = [values["run_dir"] for values in sets if "run_dir" in values]
+    made = [values[key] for values in sets for key in ("run_dir", "directory") if key in values]
     assert len(set(made)) == len(made)
     for values in sets:
         for key, value in values.items():

@@ -34,6 +34,15 @@ class Behaviour:
     """Under one of which training.laion counts it; none where it comes to the picture."""
 
 
+@dataclass(frozen=True)
+class Link:
+    """An address that is not the server's, with its {port} and one of its {path}s."""
+
+    url: str
+    reasons: tuple[str, ...] = ("private address",)
+    """Under one of which training.laion counts it."""
+
+
 def send(
     request: BaseHTTPRequestHandler,
     body: bytes,
@@ -191,13 +200,13 @@ BEHAVIOURS = {
     "web page": Behaviour(0.015, other(HTML, "text/html"), ("content type",)),
     "web page as JPEG": Behaviour(0.003, other(HTML, "image/jpeg"), ("not an image", "format")),
     "SVG as JPEG": Behaviour(0.003, other(SVG, "image/jpeg"), ("not an image", "format")),
-    "cut": Behaviour(0.01, cut, ("truncated",)),
+    "cut": Behaviour(0.01, cut, ("truncated", "damaged")),
     "broken off": Behaviour(0.003, broken_off, ("truncated", "http error")),
     "silent": Behaviour(0.001, silent, ("timeout",)),
     "drip": Behaviour(0.001, drip, ("timeout",)),
     "endless": Behaviour(0.001, endless, ("too many bytes",)),
     "huge": Behaviour(0.002, huge, ("too many bytes",)),
-    "packed": Behaviour(0.002, packed, ("content type", "http error", "not an image")),
+    "packed": Behaviour(0.002, packed, ("content encoding",)),
     "bomb": Behaviour(0.002, other(bomb(), "image/png"), ("too many pixels",)),
     "animated": Behaviour(0.003, other(animation(), "image/gif"), ("animated",)),
     "circle": Behaviour(0.002, redirect("{path}"), ("redirects",)),
@@ -209,13 +218,12 @@ BEHAVIOURS = {
 }
 
 LINKS = {
-    "loopback": "http://127.0.0.1:1/a.jpg",
-    "loopback of IPv6": "http://[::1]:{port}{path}",
-    "loopback as a number": "http://2130706433:1{path}",
-    "private network": "http://192.168.0.1/a.jpg",
-    "cloud metadata": "http://169.254.169.254/latest/meta-data/iam.jpg",
-    "a file": "file:///etc/passwd",
-    "another scheme": "gopher://127.0.0.1:{port}{path}",
+    "loopback": Link("http://127.0.0.1:1/a.jpg"),
+    "loopback of IPv6": Link("http://[::1]:{port}{path}"),
+    "loopback as a number": Link("http://2130706433:1{path}"),
+    "private network": Link("http://192.168.0.1/a.jpg"),
+    "cloud metadata": Link("http://169.254.169.254/latest/meta-data/iam.jpg"),
+    "a file": Link("file:///etc/passwd", ("scheme",)),
+    "another scheme": Link("gopher://127.0.0.1:{port}{path}", ("scheme",)),
 }
-LINK_REASONS = dict.fromkeys(LINKS, ("private address", "scheme", "dns"))
-"""Under one of which training.laion counts each."""
+"""Addresses that nobody may follow."""

@@ -1,7 +1,7 @@
 """A small web of pictures to select and download, with metadata as LAION-Aesthetics v2 has it.
 
-    python -m benchmarks.corpus.make --corpus sprites --output runs/laion/corpus
-    python -m benchmarks.corpus.serve --output runs/laion/corpus
+    python -m benchmarks.corpus.make --corpus sprites --output runs/sprites/corpus
+    python -m benchmarks.corpus.serve --output runs/sprites/corpus
 
 Writes metadata/*.parquet for training.laion, pictures/, and truth.parquet: what becomes of each
 address and which pictures are copies of which, for the server and for tests. All of it is a
@@ -157,7 +157,7 @@ def links(rows: list[Row], server: str) -> list[Row]:
     """One row for each address that nobody may follow."""
     path, host = rows[0].path, server.rpartition(":")[2]
     return [
-        Row("", link.format(port=host, path=path), name, name, None, None, "", 512, 512)
+        Row("", link.url.format(port=host, path=path), name, name, None, None, "", 512, 512)
         for name, link in LINKS.items()
     ]
 

@@ -58,8 +58,9 @@ def encode(picture: Image.Image, rng: Random) -> tuple[bytes, str]:
         exif[ORIENTATION] = 6
         return save(flat.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=quality, exif=exif)
     if kind == "profile":
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        return save(flat, "JPEG", quality=quality, icc_profile=profile)
+        profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+        profile[24:36] = bytes(12)  # when it was made, which is now
+        return save(flat, "JPEG", quality=quality, icc_profile=bytes(profile))
     return save(flat, "JPEG", quality=quality)
 
 

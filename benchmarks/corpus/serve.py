@@ -1,12 +1,17 @@
 """Serves what benchmarks.corpus.make wrote, well-behaved addresses and others.
 
-python -m benchmarks.corpus.serve --output runs/laion/corpus
+    python -m benchmarks.corpus.serve --output runs/sprites/corpus
+    python -m benchmarks.corpus.serve --output runs/sprites/corpus -- COMMAND ...
+
+With a command, serves while it runs, and exits as it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,22 +69,26 @@ def served(corpus: Path, server: str) -> Iterator[Server]:
     with Server(corpus, address(server)) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+        try:
+            yield running
+        finally:
+            running.shutdown()
+            thread.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="what make wrote")
     parser.add_argument("--server", default="127.0.0.1:8793", help="host:port")
+    parser.add_argument("command", nargs="*", help="what to run meanwhile, after --")
     options = parser.parse_args()
     if not (options.output / "truth.parquet").is_file():
         raise InputError(f"There is no corpus in {options.output}; make it first.")
-    with Server(options.output, address(options.server)) as server:
-        print(f"serving {options.output} at http://{options.server}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+    print(f"serving {options.output} at http://{options.server}", flush=True)
+    with served(options.output, options.server), contextlib.suppress(KeyboardInterrupt):
+        if options.command:
+            sys.exit(subprocess.run(options.command).returncode)
+        threading.Event().wait()
 
 
 if __name__ == "__main__":
