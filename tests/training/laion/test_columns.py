@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentdiff.errors import InputError
@@ -216,6 +216,7 @@ def test_text_that_is_not_utf_8_is_unknown() -> None:
 
 
 @given(st.lists(st.none() | st.text(max_size=12) | st.integers().map(str) | st.floats().map(repr)))
+@settings(deadline=None)
 def test_whatever_a_text_says_it_is_a_number_as_python_reads_it_or_unknown(
     values: list[str | None],
 ) -> None:

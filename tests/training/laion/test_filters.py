@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentdiff.errors import InputError
@@ -148,6 +148,7 @@ def test_takedown_by_url_domain_id_and_hash(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), max_size=8))
+@settings(deadline=None)
 def test_ids_are_the_first_digits_of_the_hash_of_url_and_caption(
     pairs: list[tuple[str, str]],
 ) -> None:
@@ -183,6 +184,7 @@ SCORES = st.none() | st.floats(0, 1, width=32)
     st.floats(0, 1),
     st.booleans(),
 )
+@settings(deadline=None)
 def test_the_funnel_adds_up_and_order_takes_nobody_twice(
     drawn: list[tuple[float | None, float | None, int | None, str]],
     punsafe: float,
