@@ -33,7 +33,8 @@ NOT_STATED = "Not stated."
 
 class CardConfig(Config):
     """What the card says besides numbers. The defaults are what is true of any subset of LAION;
-    a data set from elsewhere needs answers of its own."""
+    a data set from elsewhere needs answers of its own.
+    """
 
     folder: Path = Path("data_cards")
     """Where cards are."""

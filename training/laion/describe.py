@@ -141,7 +141,11 @@ def code(text: str) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "0.0%"
+    """A percentage; 0.0% and 100.0% only where it is exactly that."""
+    thousandths = round(1000 * part / whole) if whole else 0
+    if 0 < part < whole:
+        thousandths = min(max(thousandths, 1), 999)
+    return f"{thousandths / 10:.1f}%"
 
 
 def size_category(samples: int) -> str:
@@ -173,7 +177,7 @@ def _metadata(selection: Mapping[str, Any]) -> str:
     named = ", ".join(code(file["name"]) for file in files[:LISTED])
     more = f" and {len(files) - LISTED:,} more" if len(files) > LISTED else ""
     damaged = sum(selection["unusable"].values())
-    return f"{named}{more}; {damaged:,} values in it could not be read"
+    return f"{named}{more}; unreadable values in it: {damaged:,}"
 
 
 def _funnel(selection: Mapping[str, Any]) -> str:
@@ -205,7 +209,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _carried(kept: Mapping[str, Any]) -> str:
     carried, count = kept["carried"], kept["samples"]
     whole = [f"{share(carried.get(key, 0), count)} carry {key}" for key in REQUIRED]
-    return f"{', '.join(whole)}"
+    return ", ".join(whole)
 
 
 REQUIRED = ("sha256", "status", "opt_out", *SCORES)

@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 
 from latentdiff.data.lockfile import KEPT, LOCKFILE, SPLITS, check_lockfile, read_batches
 from latentdiff.errors import InputError
-from latentdiff.model_files import read_json
 from training.laion.histograms import binned
+from training.laion.selection import MANIFEST, SELECTED, read_manifest
 
-MANIFEST = Path("selected", "manifest.json")
-MAX_MANIFEST_BYTES = 64 << 20
 SCORES = ("similarity", "punsafe", "pwatermark", "aesthetic_v1", "aesthetic_v2")
 LOGARITHMIC = ("width", "height", "shorter_side", "aspect", "bytes")
 CATEGORIES = ("format", "nsfw", "language", "license", "bucket", "opt_out", "split")
@@ -44,7 +42,7 @@ def facts(directory: Path) -> dict[str, Any]:
         "digest": info.digest,
         "versions": info.versions,
         "lockfile": {"bytes": path.stat().st_size, "sha256": _sha256(path)},
-        "selection": _selection(directory / MANIFEST, info.selected),
+        "selection": _selection(directory, info.selected),
         "samples": info.rows,
         **_counts(path),
         "numbers": {name: _about(values, name in LOGARITHMIC) for name, values in _numbers(path)},
@@ -54,16 +52,14 @@ def facts(directory: Path) -> dict[str, Any]:
     }
 
 
-def _selection(path: Path, sha256: str) -> dict[str, Any]:
+def _selection(directory: Path, sha256: str) -> dict[str, Any]:
     """What the manifest says of the selection; of the metadata files the names alone."""
-    if not path.is_file():
-        raise InputError(f"There is no selection at {path}; the card's funnel is in it.")
-    if _sha256(path) != sha256:
+    manifest = read_manifest(directory)
+    if _sha256(directory / SELECTED / MANIFEST) != sha256:
         raise InputError(
-            f"{path} is not the selection that the lockfile was made from; run the steps download "
-            "and dedup again."
+            f"{directory / SELECTED} is not the selection that the lockfile was made from; run the "
+            "steps download and dedup again."
         )
-    manifest = read_json(path, MAX_MANIFEST_BYTES)
     return {
         "rows": manifest["rows"],
         "funnel": manifest["funnel"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from html import escape
@@ -49,14 +50,16 @@ def binned(values: np.ndarray, logarithmic: bool = False) -> Histogram:
 
     Edges are multiples of 1, 2 or 5 times a power of ten, or of equal ratios: 2 to the power of
     1, 1/2, 1/4 or 1/8. Whole numbers have bars at least 1 wide. All but a hundredth of the values
-    are inside.
+    are inside. Values are compared with edges in their own precision: 0.7 as float32 is not below
+    the edge 0.7.
     """
     low, high = np.quantile(values, [TAIL, 1 - TAIL], method="nearest").tolist()
     near = NEAR * (high - low)
     least, most = values.min().item(), values.max().item()
     low, high = least if least >= low - near else low, most if most <= high + near else high
     edges = _ratios(low, high) if logarithmic else _multiples(low, high, values.dtype.kind == "i")
-    places = np.searchsorted(edges, values, side="right")
+    exact = values.dtype if values.dtype.kind == "f" else np.float64
+    places = np.searchsorted(np.array(edges, dtype=exact), values, side="right")
     counts = np.bincount(places, minlength=len(edges) + 1).tolist()
     return Histogram(edges, counts[1:-1], counts[0], counts[-1], logarithmic)
 
@@ -95,7 +98,7 @@ def drawing(histogram: Histogram, title: str, unit: str = "") -> str:
         y = up(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{short(value)}</text>')
-    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+    for (start, end), count in zip(itertools.pairwise(edges), counts, strict=True):
         x, right, y = across(start), across(end), up(count)
         parts.append(
             f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" width="{right - x - 1:.1f}" '

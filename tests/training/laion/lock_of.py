@@ -55,6 +55,7 @@ def lock(
     """Write selected/manifest.json and lock.parquet; returns the directory."""
     manifest = {
         "rows": len(content),
+        "parts": [],
         "config": {"metadata": ["/data/of/somebody/*.parquet"]},
         "funnel": [
             {"filter": "metadata", "taken": 0, "unknown": 0, "left": len(content) + 7},

@@ -20,7 +20,7 @@ from latentdiff.data.lockfile import SCHEMA
 from tests.training.laion.lock_of import lock, row, rows
 from training.laion.card import CardConfig, card
 from training.laion.croissant import FIELDS
-from training.laion.describe import SHOWN, code, figure, size_category
+from training.laion.describe import SHOWN, code, figure, share, size_category
 
 HOSTILE = (
     "</td>|x|`--- <script>alert(1)</script> ![a](https://b.example/c.png)\n---\nlicense: mit {0}"
@@ -61,9 +61,7 @@ def test_the_first_table_counts_the_rows(write: Callable[..., str]) -> None:
     content = [*rows(3000), row(3000, caption="drawing drawing 1")]
     kept = [each for each in content if each["status"] == "kept"]
     text = write(content)
-    values = {
-        name: value for name, value in re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", text, re.M)
-    }
+    values = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", text, re.M))
     assert number(values["samples selected"]) == 3001
     assert number(values["samples kept"]) == len(kept)
     splits = Counter(each["split"] for each in kept)
@@ -203,6 +201,15 @@ def test_what_others_wrote_stays_text(write: Callable[..., str], folder: Path) -
     assert len(outside) > 5000
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "cc-by-4.0"
     assert all(len(cells) == 3 for cells in table(text, "What became of the selected samples"))
+
+
+@given(st.integers(1, 10**10), st.floats(0, 1))
+def test_shares_are_whole_only_where_they_are(whole: int, of: float) -> None:
+    part = round(whole * of)
+    shown = share(part, whole)
+    assert float(shown[:-1]) == pytest.approx(100 * part / whole, abs=0.1)
+    assert (shown == "100.0%") == (part == whole)
+    assert (shown == "0.0%") == (part == 0)
 
 
 @given(st.text(max_size=300))
