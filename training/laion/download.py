@@ -24,7 +24,9 @@ from training.laion.decoder import InspectReason
 from training.laion.fetch import FetchConfig, FetchReason
 from training.laion.inspection import InspectConfig
 
-REASONS: tuple[str, ...] = (*get_args(FetchReason), "hash mismatch", *get_args(InspectReason))
+REASONS: tuple[str, ...] = tuple(
+    dict.fromkeys((*get_args(FetchReason), "hash mismatch", *get_args(InspectReason)))
+)
 """Every error_message there is, each counted on its own."""
 MAX_SHARDS = 100_000
 """As many as names of five digits can number."""
