@@ -55,10 +55,12 @@ def main() -> None:
     print("|---" * 6 + "|")
     for count in millions:
         with tempfile.TemporaryDirectory() as folder:
+            metadata = Path(folder, "metadata")
+            metadata.mkdir()
             for number in range(count):
-                write_file(number, Path(folder, f"part-{number:05d}.parquet"))
+                write_file(number, metadata / f"part-{number:05d}.parquet")
             for preset in PRESETS:
-                kept, *seconds, peak = measure(folder, preset, f"{folder}/{preset}")
+                kept, *seconds, peak = measure(str(metadata), preset, f"{folder}/{preset}")
                 clock, processor = (f"{count * FILE / each:,.0f}" for each in seconds)
                 row = f"{count} M | {preset} | {kept:,} | {clock} | {processor} | {peak:.0f}"
                 print(f"| {row} |", flush=True)

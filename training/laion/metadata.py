@@ -101,8 +101,8 @@ class MetadataFile:
 def find(patterns: Sequence[str]) -> list[MetadataFile]:
     """The tables that paths, folders, patterns or URLs name, those of each in the order of names.
 
-    What is hidden in a folder (.part-0.crc, _SUCCESS) is left out. Raises InputError when one
-    names none, or a file system is not installed.
+    What is hidden in a folder (.part-0.crc, _SUCCESS) or in folders below it is left out. Raises
+    InputError when one names none, or a file system is not installed.
     """
     found: dict[str, MetadataFile] = {}
     for pattern in patterns:
@@ -125,7 +125,7 @@ def _found(pattern: str) -> list[MetadataFile]:
         if any(sign in root for sign in "*?["):
             paths = fs.glob(root)
         elif fs.isdir(root):
-            paths = fs.find(root)
+            paths = fs.find(root, maxdepth=1)
         else:
             paths = [root]
         tables = sorted(path for path in paths if _is_table(path))

@@ -26,7 +26,7 @@ from training.laion.columns import METADATA, FamilyName, Recognition, canonical,
 from training.laion.distinct import Spill
 from training.laion.filters import ID, SIFTED, FiltersConfig, Sieve
 from training.laion.metadata import MetadataFile, find
-from training.laion.presets import PresetName, resolved
+from training.laion.presets import PRESETS, PresetName, resolved
 from training.laion.selection import (
     MANIFEST,
     SELECTED,
@@ -53,8 +53,9 @@ class SelectConfig(Config):
     """Which rows of which metadata."""
 
     metadata: Patterns
-    """Tables of URLs and captions, .parquet, .csv or .tsv: files, folders, patterns, or URLs that
-    fsspec knows, such as hf://datasets/laion/relaion2B-en-research-safe/*.parquet."""
+    """Tables of URLs and captions, .parquet, .csv or .tsv: files, folders, patterns such as
+    data/**/*.parquet, or URLs that fsspec knows, such as
+    hf://datasets/laion/relaion2B-en-research-safe/*.parquet."""
     family: FamilyName = "auto"
     """The release that they are of; by default as their columns say. plain is any other table."""
     columns: dict[str, str] = Field(default={})
@@ -113,7 +114,8 @@ def select(config: SelectConfig, directory: Path) -> dict[str, Any]:
             f"{directory / 'images'} holds pictures of another selection; choose another "
             "directory, or delete images/ and selected/."
         )
-    print(_about(tables), flush=True)
+    print(_about(tables))
+    print(f"conditions of the preset {config.preset}: {PRESETS[config.preset].source}", flush=True)
     staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "spill").mkdir(parents=True)
@@ -130,6 +132,7 @@ def select(config: SelectConfig, directory: Path) -> dict[str, Any]:
             "funnel": funnel,
             "unusable": dict(sorted(unusable.items())),
             "metadata": [_described(table) for table in tables],
+            "preset": {"name": config.preset, "source": PRESETS[config.preset].source},
             "config": config.model_dump(mode="json"),
             "inputs": inputs,
         }

@@ -86,6 +86,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
     write(made[500:], tmp_path / "meta" / "part-1.snappy.parquet")
     (tmp_path / "meta" / ".part-0.snappy.parquet.crc").write_bytes(b"crc\0")
     (tmp_path / "meta" / "_SUCCESS").touch()
+    write(drawn(1, 10), tmp_path / "meta" / "earlier" / "part-0.parquet")
     return made
 
 
@@ -153,6 +154,7 @@ def test_run_again_it_does_nothing_and_elsewhere_it_makes_the_same_bytes(
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
     assert first["config"]["filters"]["max_punsafe"] == 0.9
     assert first["config"]["filters"]["min_aesthetic_v2"] == 4.5
+    assert "stable-diffusion-2-base" in first["preset"]["source"]
 
 
 def test_what_changed_makes_it_anew_unless_pictures_are_there(
