@@ -11,6 +11,7 @@ Prints one line of JSON, and writes it, a sheet of each model and one of all sid
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from latentdiff.model_files import staged_file, write_json
 from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.networks import load_tokenizer
 from latentdiff.pipeline import TextToImage
+from latentdiff.vocabulary import UnknownWordWarning
 
 BATCH = 8
 SHOWN = 48

@@ -64,7 +64,7 @@ def openclipart(folder: Path, side: int, count: int | None = None) -> Iterator[D
     """The SVG files below a folder, in the order of their names; `side`: pixels of the longer side.
 
     Titles that several files share are names of collections: the file's own name takes their place.
-    A file that cannot be drawn within the limits is left out.
+    A file that cannot be drawn within the limits, or shows nothing, is left out.
     """
     files = sorted(folder.rglob("*.svg"))[:count]
     if not files:
@@ -77,7 +77,7 @@ def openclipart(folder: Path, side: int, count: int | None = None) -> Iterator[D
     with Rasteriser() as rasteriser:
         for file, (title, keywords) in zip(files, described, strict=True):
             picture = rasteriser.draw(file, side)
-            if picture is None:
+            if picture is None or picture.getbbox() is None:
                 continue
             if not title or shared[title] > 2 or "clipart by" in title:
                 title = words(re.sub(r"_\d+\w?$", "", file.stem))
