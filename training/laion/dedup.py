@@ -50,10 +50,10 @@ class DedupConfig(Config):
     takedown: tuple[Path, ...] = ()
     """Lists of keys, sample_ids, sha256, URLs or domains, one per line: these pictures, and those
     that look like them, are not kept."""
-    hash_bits: int = Field(default=14, ge=0, le=32)
+    hash_bits: int = Field(default=16, ge=0, le=32)
     """Of 64, in how many the hashes of one picture may differ; from 10 on that is common for
     different ones, too, and thumbnails decide."""
-    max_difference: float = Field(default=0.012, ge=0, le=1)
+    max_difference: float = Field(default=0.008, ge=0, le=1)
     """How much of one thumbnail the other may leave unexplained; see phash.difference."""
     window: int = Field(default=32, gt=0)
     """Hashes next to a hash, in each of 16 orders, that it is compared with."""
@@ -81,6 +81,10 @@ class DedupConfig(Config):
 STATUSES = (KEPT, EXACT, NEAR, CLIP, TOO_SMALL, TAKEN_DOWN)
 DUPLICATE = (1, 2, 3)
 """Which of STATUSES name another picture."""
+LINKED = 6
+"""Times max_difference: what differs less goes into one split, though it may be no duplicate."""
+MANY = 1000
+"""Linked pictures beyond which they are never held out: a chain of unlike ones."""
 
 
 @dataclass(frozen=True)
@@ -192,17 +196,11 @@ def _judged(
     stays = exact(pictures, ranks)
     itself = np.arange(len(pictures))
     among = np.flatnonzero((stays == itself) & ~small)
-    pairs = near(
-        pictures,
-        among,
-        names,
-        directory,
-        config.hash_bits,
-        config.max_difference,
-        config.window,
-        mapped,
+    pairs, differences = near(
+        pictures, among, names, directory, config.hash_bits, config.window, mapped
     )
-    by_kind = [stay(pairs, ranks)]
+    by_kind = [stay(pairs[differences <= config.max_difference], ranks)]
+    linked = pairs[differences <= LINKED * config.max_difference]
     if config.clip_model is not None and config.clip_weights is not None:
         from training.laion.clip_duplicates import embed  # and with it torch
 
@@ -216,7 +214,7 @@ def _judged(
         )
         by_clip = left[alike(vectors, config.clip_cosine)]
         by_kind.append(stay(by_clip, ranks))
-        pairs = np.concatenate([pairs, by_clip])
+        linked = np.concatenate([linked, by_clip])
     status = np.where(stays == itself, 0, STATUSES.index(EXACT)).astype(np.int8)
     for kind, gone in zip((NEAR, CLIP), by_kind, strict=False):
         for each in gone:
@@ -226,14 +224,14 @@ def _judged(
         stays = replaced[stays]
     status[small] = STATUSES.index(TOO_SMALL)
     status[pictures.taken | pictures.taken[stays]] = STATUSES.index(TAKEN_DOWN)
-    return Verdicts(keys, status, stays, _validation(config, pictures, pairs))
+    return Verdicts(keys, status, stays, _validation(config, pictures, linked))
 
 
-def _validation(config: DedupConfig, pictures: Pictures, pairs: np.ndarray) -> np.ndarray:
+def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> np.ndarray:
     """Which pictures are held out, bool [N], drawn by the least sha256 of those that are linked:
     pairs, and pictures that share a hash or a sha256.
     """
-    links = [pairs]
+    links = [linked]
     for values in (pictures.sha256, pictures.hashes[:, 0]):
         order = np.argsort(values, kind="stable")
         same = values[order][1:] == values[order][:-1]
@@ -243,7 +241,8 @@ def _validation(config: DedupConfig, pictures: Pictures, pairs: np.ndarray) -> n
     for member, sha256 in zip(group.tolist(), pictures.sha256.tolist(), strict=True):
         least[member] = min(least.get(member, sha256), sha256)
     bound = int(config.validation_share * 2**64)
-    return np.array([_drawn(least[member]) < bound for member in group.tolist()], dtype=bool)
+    drawn = np.array([_drawn(least[member]) < bound for member in group.tolist()], dtype=bool)
+    return drawn & (np.bincount(group, minlength=1)[group] <= MANY)
 
 
 def _drawn(sha256: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +69,15 @@ def near(
     names: list[str],
     directory: Path,
     most_bits: int,
-    max_difference: float,
     window: int,
     mapped: Map = map,
-) -> np.ndarray:
-    """Pairs of `among` that look alike in some view, int64 [P, 2]."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of `among` whose hashes are near in some view, int64 [P, 2], and how much the pictures
+    differ in such a view, float32 [P].
+    """
     found = _candidates(pictures, among, most_bits, window)
     if not len(found):
-        return found
+        return found, np.empty(0, dtype=np.float32)
     places = np.stack([pictures.shard, pictures.row], axis=1)
     pieces = [found[start : start + PIECE] for start in range(0, len(found), PIECE)]
     measured = mapped(
@@ -87,8 +89,8 @@ def near(
     )
     bits = np.bitwise_count(pictures.hashes[found[:, 0]] ^ pictures.hashes[found[:, 1]])
     aspects = np.abs(pictures.aspects[found[:, 0]] - pictures.aspects[found[:, 1]])
-    alike = np.concatenate(list(measured)) <= max_difference
-    return found[(alike & (bits <= most_bits) & (aspects <= MAX_ASPECT_STEP)).any(axis=1)]
+    comparable = (bits <= most_bits) & (aspects <= MAX_ASPECT_STEP)
+    return found, np.where(comparable, np.concatenate(list(measured)), np.inf).min(axis=1)
 
 
 def _candidates(pictures: Pictures, among: np.ndarray, most_bits: int, window: int) -> np.ndarray:
@@ -122,10 +124,11 @@ def alike(embeddings: np.ndarray, cosine: float, block: int = 4096) -> np.ndarra
 
 
 def stay(pairs: np.ndarray, ranks: np.ndarray) -> dict[int, int]:
-    """{picture that goes: the one alike that stays}, of which no two are a pair.
+    """{picture that goes: the one that stays}; no two of those that stay are a pair.
 
-    By rank, each stays unless one that it is a pair with stays already; where there are several,
-    it goes for the first.
+    By rank, each stays unless it goes for an earlier one: with which it is a pair, or with a pair
+    of which it is one. Copies that were changed in two ways are like their original rather than
+    like each other; longer chains lead to other pictures.
     """
     neighbours: dict[int, list[int]] = {}
     for i, j in pairs.tolist():
@@ -133,13 +136,11 @@ def stay(pairs: np.ndarray, ranks: np.ndarray) -> dict[int, int]:
         neighbours.setdefault(j, []).append(i)
     gone: dict[int, int] = {}
     for picture in sorted(neighbours, key=lambda each: int(ranks[each])):
-        before = [
-            other
-            for other in neighbours[picture]
-            if ranks[other] < ranks[picture] and other not in gone
-        ]
-        if before:
-            gone[picture] = min(before, key=lambda each: int(ranks[each]))
+        if picture not in gone:
+            near = neighbours[picture]
+            for other in itertools.chain(near, *(neighbours[each] for each in near)):
+                if other != picture:
+                    gone.setdefault(other, picture)
     return gone
 
 

@@ -21,8 +21,8 @@ VIEWS = 2
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 MARGIN_STEP = 24
 """How much a margin's pixels may differ in a channel, of 255: what JPEG leaves of an even one."""
-TRIMMED_SIDE = 256
-"""Longest side of what margins are looked for in."""
+TRIMMED_SIDE = 128
+"""Longest side, or up to twice as much, of what margins are looked for in, in pixels."""
 TRIMS = 4
 """How often: a border may lie around a margin."""
 
@@ -31,8 +31,7 @@ def views(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails uint8 [VIEWS, SIDE, SIDE, 3] and log aspect ratios float32 [VIEWS] of an RGB
     picture: whole, and trimmed.
     """
-    small = image.copy()
-    small.thumbnail((TRIMMED_SIDE, TRIMMED_SIDE), Image.Resampling.BOX)
+    small = image.reduce(max(1, max(image.size) // TRIMMED_SIDE))
     box = trimmed_box(np.asarray(small))
     x, y = image.width / small.width, image.height / small.height
     boxes = [(0, 0, *image.size), (box[0] * x, box[1] * y, box[2] * x, box[3] * y)]
