@@ -11,20 +11,14 @@ import hashlib
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ThreadPoolExecutor,
-    as_completed,
-    wait,
-)
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -210,13 +204,16 @@ R = TypeVar("R")
 
 def in_turn(pool: Executor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
     """Results as they come, with at most `limit` begun and not yet taken: they hold pictures."""
-    begun: set[Future[R]] = set()
+    done: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
+    begun = 0
     for item in items:
-        if len(begun) >= limit:
-            done, begun = wait(begun, return_when=FIRST_COMPLETED)
-            yield from (one.result() for one in done)
-        begun.add(pool.submit(work, item))
-    yield from (one.result() for one in as_completed(begun))
+        if begun == limit:
+            yield done.get().result()
+            begun -= 1
+        pool.submit(work, item).add_done_callback(done.put)
+        begun += 1
+    for _ in range(begun):
+        yield done.get().result()
 
 
 @contextmanager
