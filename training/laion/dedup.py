@@ -37,6 +37,7 @@ from latentdiff.errors import InputError
 from training.laion import features
 from training.laion.duplicates import Map, Pictures, alike, exact, groups, near, stay
 from training.laion.listed import NAMES, Listed, read_list
+from training.laion.phash import VIEWS
 from training.laion.selection import MANIFEST, SELECTED, read_manifest
 
 
@@ -108,8 +109,8 @@ def dedup(config: DedupConfig, name: str, directory: Path) -> LockInfo:
     download is not finished or a list or weights cannot be used.
     """
     listed = read_list(config.takedown)
-    selected = hashlib.sha256((directory / SELECTED / MANIFEST).read_bytes()).hexdigest()
     rows = read_manifest(directory)["rows"]
+    selected = hashlib.sha256((directory / SELECTED / MANIFEST).read_bytes()).hexdigest()
     names = features.shards(directory)
     downloaded = sum(features.count_rows(directory, shard) for shard in names)
     if downloaded != rows:
@@ -167,8 +168,8 @@ def _read(
             "row": np.arange(len(table)),
             "sha256": np.array(digests, dtype="S32"),
             "size": np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1),
-            "hashes": _flat(table["hashes"]).reshape(len(table), -1),
-            "aspects": _flat(table["aspects"]).reshape(len(table), -1),
+            "hashes": _flat(table["hashes"]).reshape(-1, VIEWS),
+            "aspects": _flat(table["aspects"]).reshape(-1, VIEWS),
             "taken": listed.holds(downloaded),
         }
         for name, values in found.items():

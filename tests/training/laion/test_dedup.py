@@ -183,6 +183,12 @@ def test_what_is_missing_is_said(directory: Path) -> None:
         dedup(CONFIG, "shapes", directory)
 
 
+def test_a_download_of_nothing_has_a_lockfile_too(tmp_path: Path) -> None:
+    lay_out(tmp_path, [(None, {"error_message": "404"})] * 3)
+    assert dedup(CONFIG, "gone", tmp_path).rows == 3
+    assert statuses(tmp_path) == ["404"] * 3
+
+
 # Takedown
 
 
