@@ -102,6 +102,10 @@ class Inspector:
             "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            # glibc keeps the room of one picture for the next: asking the system again costs more
+            # than decoding does.
+            "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+            "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
         }
         self._line, theirs = socket.socketpair()
         with theirs:
