@@ -172,7 +172,7 @@ def lay_out(directory: Path, samples: Iterable[tuple[bytes | None, dict[str, Any
             tar = tarfile.open(images / f"{len(shards):0{SHARD_DIGITS}d}.tar", "w")  # noqa: SIM115
             shards.append([])
         number = (len(shards) - 1) * SHARD + len(shards[-1])
-        row = {
+        row: dict[str, Any] = {
             "key": f"{(len(shards) - 1) * 10**digits + len(shards[-1]):0{SHARD_DIGITS + digits}d}",
             "sample_id": f"{number:016x}",
             "url": f"https://example.org/{number}.jpg",

@@ -51,7 +51,7 @@ class DedupConfig(Config):
     takedown: tuple[Path, ...] = ()
     """Lists of keys, sample_ids, sha256, URLs or domains, one per line: these pictures, and those
     that look like them, are not kept."""
-    hash_bits: int = Field(default=16, ge=0, le=32)
+    hash_bits: int = Field(default=24, ge=0, le=32)
     """Of 64, in how many the hashes of one picture may differ; from 10 on that is common for
     different ones, too, and thumbnails decide."""
     max_difference: float = Field(default=0.008, ge=0, le=1)
