@@ -37,7 +37,7 @@ rows = 0
 if sys.argv[1:]:
     metadata, preset, directory = sys.argv[1:]
     config = SelectConfig(
-        metadata=(metadata,), preset=preset, acknowledge_original_laion5b=True
+        metadata=(metadata,), preset=preset, acknowledge_withdrawn=True
     )
     rows = select(config, Path(directory))["rows"]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

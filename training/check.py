@@ -300,6 +300,28 @@ def check_optimizer(context: Context) -> Iterator[Finding]:
     yield judged(bool(wrong), told + (f"; it has another {wrong[0]}." if wrong else "."))
 
 
+def check_gradients(context: Context) -> Iterator[Finding]:
+    """Every trained tensor has had a gradient, by the moments that the optimizer keeps of it."""
+    if context.run is None:
+        return
+    network, state = context.run.program.network, context.run.optimizer.state
+    trained = [name for name, value in network.named_parameters() if value.requires_grad]
+    still = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+        and not any(local(kept).any() for kept in state[parameter].values() if kept.ndim)
+    ]
+    if not still:
+        yield Finding("ok", f"A gradient reaches each of {len(trained)} trained tensors.")
+        return
+    yield Finding(
+        "FAIL" if len(still) > len(trained) / 10 else "warning",
+        f"No gradient reaches {len(still)} of {len(trained)} trained tensors, {still[0]} among "
+        "them; if it does without compile, leave that out.",
+    )
+
+
 def check_ema(context: Context) -> Iterator[Finding]:
     """Each average has moved, and can follow within the run."""
     if context.run is None:
@@ -397,6 +419,7 @@ OF_ALL: tuple[Check, ...] = (
     check_learning_rate,
     check_step,
     check_optimizer,
+    check_gradients,
     check_ema,
     check_memory,
     check_disk,

@@ -54,6 +54,8 @@ class Concept(Config):
     """The sprite's name in the sprites file."""
     nouns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
     """What captions call it, the canonical noun first; each a countable singular."""
+    weight: int = Field(default=1, gt=0, le=1000)
+    """How often scenes show it, beside a concept of weight 1."""
 
 
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -155,6 +157,7 @@ class EmojiScenes:
             raise InputError(f"There are no sprites named {', '.join(missing)}.")
         self._sprites = {noun: sprites[c.sprite] for noun, c in self.concepts.items()}
         self._nouns, self._colours = list(self.concepts), list(config.backgrounds)
+        self._weights = [concept.weight for concept in config.concepts]
         self._drawn: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         self._near: dict[str, list[str]] = {}
         self._checked: set[int] = set()
@@ -181,9 +184,9 @@ class EmojiScenes:
             self._refuse_none(count)
             self._checked.add(count)
         while True:
-            nouns = rng.sample(self._nouns, count)
+            nouns = rng.sample(self._nouns, count, counts=self._weights)
             colour = rng.choice(self._colours)
-            if self._belongs(nouns, colour):
+            if len(set(nouns)) == count and self._belongs(nouns, colour):
                 break
         relation = rng.choice(RELATIONS) if count == 2 else None
         objects = self._place(nouns, relation, rng)

@@ -94,8 +94,8 @@ SHA256 = r"^[0-9a-f]{64}$"
 class Family:
     """What has to be known of a release besides its columns' names."""
 
-    original_laion5b: bool = False
-    """Whether it is of LAION-5B as it was before December 2023."""
+    withdrawn: bool = False
+    """Whether it is of LAION-400M or LAION-5B as they were before December 2023."""
     names: Mapping[str, tuple[str, ...]] | None = None
     """Names that only here mean what they say."""
 
@@ -103,11 +103,11 @@ class Family:
 V1 = {"aesthetic_v1": ("aesthetic",)}
 V2 = {"aesthetic_v2": ("aesthetic", "prediction")}
 FAMILIES = {
-    "laion400m": Family(),
-    "laion2b_en": Family(original_laion5b=True),
-    "laion_art": Family(original_laion5b=True, names=V1),
-    "laion_aesthetics_v1": Family(original_laion5b=True, names=V1),
-    "laion_aesthetics_v2": Family(original_laion5b=True, names=V2),
+    "laion400m": Family(withdrawn=True),
+    "laion2b_en": Family(withdrawn=True),
+    "laion_art": Family(withdrawn=True, names=V1),
+    "laion_aesthetics_v1": Family(withdrawn=True, names=V1),
+    "laion_aesthetics_v2": Family(withdrawn=True, names=V2),
     "relaion2b_en_research": Family(),
     "relaion2b_en_research_safe": Family(),
     "plain": Family(),
@@ -177,11 +177,11 @@ def recognise(
             "which mean different things: name the family (laion_art, laion_aesthetics_v1 or "
             "laion_aesthetics_v2), or set columns.aesthetic_v1 or columns.aesthetic_v2 to it."
         )
-    if FAMILIES[found].original_laion5b and not acknowledged:
+    if FAMILIES[found].withdrawn and not acknowledged:
         raise InputError(
-            f"{source} is taken for the original LAION-5B ({found}), withdrawn in December 2023 "
-            f"because it linked to material of child sexual abuse: take {SAFE}, name its family if "
-            "it is another, or set acknowledge_original_laion5b to true where you may hold it."
+            f"{source} is taken for {found}, which LAION withdrew in December 2023 because its "
+            f"data linked to material of child sexual abuse: take {SAFE}, name its family if it is "
+            "another, or set acknowledge_withdrawn to true where you may hold it."
         )
     return Recognition(found, columns)
 

@@ -60,10 +60,10 @@ class SelectConfig(Config):
     """The release that they are of; by default as their columns say. plain is any other table."""
     columns: dict[str, str] = Field(default={})
     """Columns that have other names, as {caption: name in the file}."""
-    acknowledge_original_laion5b: bool = False
-    """The original LAION-5B was withdrawn in December 2023, because it linked to material of child
-    sexual abuse (Thiel, "Identifying and eliminating CSAM in generative ML training data and
-    models", 2023). Re-LAION-5B research-safe is its successor. Without this, its families are
+    acknowledge_withdrawn: bool = False
+    """LAION-400M and LAION-5B were withdrawn in December 2023, because LAION-5B linked to child
+    sexual abuse material (Thiel, "Identifying and eliminating CSAM in generative ML training data
+    and models", 2023). Re-LAION-5B research-safe is its successor. Without this, they are
     refused."""
     preset: PresetName = "none"
     """Conditions of a known data set or model, which filters may replace one by one."""
@@ -155,7 +155,7 @@ def recognised(config: SelectConfig, sieve: Sieve) -> list[Table]:
             file.columns(),
             config.family,
             config.columns,
-            config.acknowledge_original_laion5b,
+            config.acknowledge_withdrawn,
             file.url,
         )
         lacking = sieve.needs().keys() - recognition.columns.keys()

@@ -98,12 +98,13 @@ def test_a_release_is_known_by_its_columns_in_any_case(names: list[str], family:
 
 
 @pytest.mark.parametrize("names", [LAION_400M, JOINED, [*JOINED, "AESTHETIC_SCORE"]])
-def test_the_original_laion_5b_is_refused_until_acknowledged(names: list[str]) -> None:
+def test_what_was_withdrawn_is_refused_until_acknowledged(names: list[str]) -> None:
     with pytest.raises(InputError, match=r"December 2023 .*relaion2B-en-research-safe"):
         recognise(names)
     assert recognise(names, acknowledged=True)
     assert recognise(RELAION, "relaion2b_en_research_safe")
-    assert recognise(LAION_400M, "laion400m")
+    with pytest.raises(InputError, match="laion400m"):
+        recognise(LAION_400M, "laion400m")
 
 
 def test_an_aesthetic_score_of_unknown_kind_is_refused_until_somebody_says() -> None:

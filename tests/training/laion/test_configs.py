@@ -211,7 +211,7 @@ def test_the_three_files_of_a_fine_tune_agree(name: str) -> None:
     cache = load_yaml(CacheConfig, ROOT / name / "cache_latents.yaml")
     trained = load_yaml(DiffusionConfig, ROOT / name / "diffusion.yaml")
     assert laion.select.family == "relaion2b_en_research_safe"
-    assert not laion.select.acknowledge_original_laion5b
+    assert not laion.select.acknowledge_withdrawn
     assert laion.download.local_hosts == ()
     assert cache.source.path == laion.directory / "lock.parquet"
     assert laion.dedup.sizes == cache.sizes

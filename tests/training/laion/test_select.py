@@ -56,7 +56,7 @@ def write(rows: list[dict[str, Any]], path: Path, **options: Any) -> Path:
 
 
 def config(path: Path | str, /, **values: Any) -> SelectConfig:
-    made = {"metadata": str(path), "acknowledge_original_laion5b": True, "rows_per_part": 100}
+    made = {"metadata": str(path), "acknowledge_withdrawn": True, "rows_per_part": 100}
     return SelectConfig.model_validate(made | values)
 
 
