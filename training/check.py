@@ -253,6 +253,9 @@ def check_step(context: Context) -> Iterator[Finding]:
     except NotFiniteError as error:
         yield Finding("FAIL", str(error).split(". ")[0] + ".")
         return
+    except InputError as error:  # gradients that are lost
+        yield Finding("FAIL", str(error))
+        return
     except torch.OutOfMemoryError:
         yield Finding(
             "FAIL",
@@ -298,28 +301,6 @@ def check_optimizer(context: Context) -> Iterator[Finding]:
     told = f"{options.name} was told lr {rate:.3g} at step {step}, weight_decay "
     told += f"{options.weight_decay:g}, betas {options.betas[0]:g} and {options.betas[1]:g}"
     yield judged(bool(wrong), told + (f"; it has another {wrong[0]}." if wrong else "."))
-
-
-def check_gradients(context: Context) -> Iterator[Finding]:
-    """Every trained tensor has had a gradient, by the moments that the optimizer keeps of it."""
-    if context.run is None:
-        return
-    network, state = context.run.program.network, context.run.optimizer.state
-    trained = [name for name, value in network.named_parameters() if value.requires_grad]
-    still = [
-        name
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad
-        and not any(local(kept).any() for kept in state[parameter].values() if kept.ndim)
-    ]
-    if not still:
-        yield Finding("ok", f"A gradient reaches each of {len(trained)} trained tensors.")
-        return
-    yield Finding(
-        "FAIL" if len(still) > len(trained) / 10 else "warning",
-        f"No gradient reaches {len(still)} of {len(trained)} trained tensors, {still[0]} among "
-        "them; if it does without compile, leave that out.",
-    )
 
 
 def check_ema(context: Context) -> Iterator[Finding]:
@@ -419,7 +400,6 @@ OF_ALL: tuple[Check, ...] = (
     check_learning_rate,
     check_step,
     check_optimizer,
-    check_gradients,
     check_ema,
     check_memory,
     check_disk,

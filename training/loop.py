@@ -164,6 +164,8 @@ class Run:
                 accelerator.backward(losses.loss * share)
             taken.append(losses)
         accelerator.unscale_gradients(self.prepared)
+        if step == self.start + 1:  # not at the first: a LoRA's A learns from the second step on
+            self.tell_of_lost_gradients()
         norm = self.wrapped.clip_grad_norm(config.optimizer.max_grad_norm)
         if not torch.isfinite(norm) and self.overflows_too_often():
             raise report_not_finite(config, step, taken, accelerator)
@@ -174,6 +176,18 @@ class Run:
         self.prepared.zero_grad(set_to_none=True)
         self.ema.update(step + 1)
         self.monitor.step(taken, norm, rate)
+
+    def tell_of_lost_gradients(self) -> None:
+        """Say which trained tensors have a gradient of nothing but zeros, as a compiler's mistake
+        leaves them. Raises InputError where that is more than one in ten.
+        """
+        trained, lost = self.wrapped.trained, self.wrapped.without_gradient()
+        if not lost:
+            return
+        told = f"No gradient reaches {len(lost)} of {len(trained)} trained tensors, {lost[0]} among"
+        if 10 * len(lost) > len(trained):
+            raise InputError(f"{told} them; set compile to false, or train in fp32.")
+        self.accelerator.print(f"{told} them.")
 
     def overflows_too_often(self) -> bool:
         """Whether a gradient that is not finite is more than fp16's, whose step is left out while

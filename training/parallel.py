@@ -69,6 +69,19 @@ class Wrapped:
         norm = nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def without_gradient(self) -> list[str]:
+        """The trained tensors whose gradient is nothing but zeros; every process calls it."""
+
+        def size(gradient: Tensor) -> Tensor:
+            norm = torch.linalg.vector_norm(gradient)
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+        return [
+            name
+            for name, value in self.trained.items()
+            if value.grad is None or size(value.grad) == 0
+        ]
+
     def gathered(
         self, tensors: Mapping[str, Tensor], into: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

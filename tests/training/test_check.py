@@ -214,6 +214,21 @@ def test_a_field_that_does_not_arrive_fails(look: Any, monkeypatch: pytest.Monke
     assert found[1].sentence.endswith("it has another betas.")
 
 
+def test_gradients_that_are_lost_fail(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = module.Run.__init__.__globals__["make_optimizer"]
+
+    def cut(network: Any, config: OptimizerConfig) -> Any:
+        for name, value in network.named_parameters():
+            if value.requires_grad and "up_blocks" not in name:
+                value.register_hook(torch.zeros_like)
+        return make(network, config)
+
+    monkeypatch.setitem(module.Run.__init__.__globals__, "make_optimizer", cut)
+    found = look()
+    assert "No gradient reaches" in found["check_step"][0].sentence
+    assert found["check_step"][0].level == "FAIL"
+
+
 def test_what_is_not_finite_fails(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = DiffusionProgram.losses
 

@@ -358,6 +358,15 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(
     assert train(Denoising(options)).finished == 1
 
 
+def test_gradients_that_are_lost_stop_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    program = Denoising(config(tmp_path))
+    for value in program.network[:2].parameters():
+        value.register_hook(torch.zeros_like)
+    with pytest.raises(InputError, match=r"reaches 4 of 6 trained tensors, 0\.weight among"):
+        train(program)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"no C\+\+ compiler 'no-such-compiler'"):
