@@ -1,12 +1,17 @@
 # make demo    a picture from PROMPT="..." in demo.png
 # make test    lint, types and tests
 # make train   every network of the bundled model, from random weights; run again, it continues
+# make laion   a small web of pictures, from metadata to a fine-tuned model and its figures
 # make clean   all that these made, except runs/
 
 PYTHON ?= python3
 PROMPT ?= a fox on a blue background
 # Where the four YAML files of a model are: configs/emoji, configs/emoji_gpu or configs/tiny.
 CONFIGS ?= configs/emoji
+# Where the YAML files of a subset are: configs/laion/sprites, or configs/laion/openclipart with
+# SVG="--svg DIRECTORY", where Debian's openclipart-svg is unpacked.
+LAION ?= configs/laion/sprites
+SVG ?=
 LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 BIN := .venv/bin
@@ -17,7 +22,7 @@ INSTALL = @echo "Installing $(1) into .venv ..." && \
 unexport PYTHONDONTWRITEBYTECODE
 export PROMPT
 
-.PHONY: demo test train clean
+.PHONY: demo test train laion clean
 
 demo: .venv/run.stamp
 	@$(BIN)/latentdiff generate --output demo.png -- "$$PROMPT"
@@ -33,6 +38,17 @@ train: .venv/train.stamp
 	$(BIN)/accelerate launch $(LAUNCH) -m training.clip --config $(CONFIGS)/clip.yaml
 	$(BIN)/accelerate launch $(LAUNCH) -m training.cache_latents --config $(CONFIGS)/cache_latents.yaml
 	$(BIN)/accelerate launch $(LAUNCH) -m training.diffusion --config $(CONFIGS)/diffusion.yaml
+
+laion: CORPUS = $(notdir $(LAION))
+laion: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.corpus.make --corpus $(CORPUS) --output runs/$(CORPUS)/corpus $(SVG)
+	$(BIN)/python -m benchmarks.corpus.serve --output runs/$(CORPUS)/corpus -- sh -ec \
+	'for step in select download dedup card report; do \
+	$(BIN)/python -m training.laion $$step --config $(LAION)/laion.yaml; done'
+	$(BIN)/accelerate launch $(LAUNCH) -m training.clip --config $(LAION)/clip.yaml
+	$(BIN)/accelerate launch $(LAUNCH) -m training.cache_latents --config $(LAION)/cache_latents.yaml
+	$(BIN)/accelerate launch $(LAUNCH) -m training.diffusion --config $(LAION)/diffusion.yaml
+	$(BIN)/python -m inference.retrieval --config $(LAION)/retrieval.yaml
 
 clean:
 	rm -rf .venv demo.png build dist latentdiff.egg-info
