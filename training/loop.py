@@ -27,6 +27,7 @@ from training.faults import (
     STOPPED,
     Agreement,
     Unreadable,
+    alone_in,
     report_not_finite,
     stop_on_signals,
 )
@@ -115,8 +116,12 @@ class Run:
         if self.start >= config.max_steps and agreed(accelerator, model.exists()):
             accelerator.print(f"{config.run_dir} is finished: {model}")
             return
+        with alone_in(config.run_dir) if accelerator.is_main_process else nullcontext():
+            self.run_alone(model)
+
+    def run_alone(self, model: Path) -> None:
+        config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / FAULT).unlink(missing_ok=True)
             save_yaml(config, config.run_dir / "config.yaml")
         self.unreadable = Unreadable(config, accelerator)

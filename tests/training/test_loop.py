@@ -23,7 +23,7 @@ from latentdiff.config import load_config, load_yaml, save_yaml
 from latentdiff.data.order import Plan, Share
 from latentdiff.errors import InputError
 from latentdiff.rng import keyed_normal
-from training import loop
+from training import faults, loop
 from training.config import RunConfig, StepLosses, seeded
 from training.data import planned_orders
 from training.faults import STOPPED, NotFiniteError
@@ -261,6 +261,17 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert train(Mortal(config(tmp_path), 0)).finished == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_two_runs_in_one_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "PATIENCE", 0.1)
+    with faults.alone_in(tmp_path):
+        with pytest.raises(InputError, match=r"Another process trains in .*another run_dir\."):
+            train(Denoising(config(tmp_path)))
+    assert not os.listdir(tmp_path)
+    assert train(Denoising(config(tmp_path))).finished == 1
 
 
 def test_only_the_model_is_made_again_when_only_it_is_missing(tmp_path: Path) -> None:
