@@ -267,9 +267,8 @@ def test_two_runs_in_one_directory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faults, "PATIENCE", 0.1)
-    with faults.alone_in(tmp_path):
-        with pytest.raises(InputError, match=r"Another process trains in .*another run_dir\."):
-            train(Denoising(config(tmp_path)))
+    with faults.alone_in(tmp_path), pytest.raises(InputError, match=r"Another process trains in"):
+        train(Denoising(config(tmp_path)))
     assert not os.listdir(tmp_path)
     assert train(Denoising(config(tmp_path))).finished == 1
 
