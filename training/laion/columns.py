@@ -84,6 +84,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Lower-case names of each column, the first that a file has is taken."""
 
+WRITTEN = {"key", "status", "error_message"}
+"""Columns of what img2dataset writes, whatever it read."""
 SAFE = "Re-LAION-5B research-safe (laion/relaion2B-en-research-safe on Hugging Face)"
 UNKNOWN_LICENSE = "?"
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -137,16 +139,22 @@ def recognise(
         family: the release; by its columns where it is "auto". Those of Re-LAION's two versions are
             the same, and it is taken for the one that is filtered less.
         overrides: METADATA's names and what the file calls them, before all else.
-        acknowledged: that LAION-5B is known to be withdrawn.
+        acknowledged: that LAION-400M and LAION-5B are known to be withdrawn.
         source: the file, for messages.
 
-    Raises InputError when there is no URL or caption, when a name could mean two things, or when
-    it is of the original LAION-5B and that is not acknowledged.
+    Raises InputError when there is no URL or caption, when a name could mean two things, when it is
+    of LAION-400M or the original LAION-5B and that is not acknowledged, or when img2dataset wrote
+    it and no family is named: those tables of every release look alike.
     """
     overrides = overrides or {}
     lower: dict[str, list[str]] = {}
     for name in names:
         lower.setdefault(name.lower(), []).append(name)
+    if family == "auto" and lower.keys() >= WRITTEN:
+        raise InputError(
+            f"{source} is a table that img2dataset wrote, which does not show what release its "
+            "addresses are of; name the family, or plain where it is none of LAION's."
+        )
     found = _detect(set(lower)) if family == "auto" else family
     columns: dict[str, str] = {}
     free = {name for name, written in lower.items() if not set(written) & set(overrides.values())}

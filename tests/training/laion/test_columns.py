@@ -107,6 +107,14 @@ def test_what_was_withdrawn_is_refused_until_acknowledged(names: list[str]) -> N
         recognise(LAION_400M, "laion400m")
 
 
+@pytest.mark.parametrize("names", [["url", "caption"], JOINED, RELAION])
+def test_what_img2dataset_wrote_does_not_show_its_release(names: list[str]) -> None:
+    written = [*names, *({"key", "status", "error_message", "exif"} - set(names))]
+    with pytest.raises(InputError, match="name the family"):
+        recognise(written, acknowledged=True)
+    assert recognise(written, "plain").family == "plain"
+
+
 def test_an_aesthetic_score_of_unknown_kind_is_refused_until_somebody_says() -> None:
     names = [*RELAION, "aesthetic"]
     with pytest.raises(InputError, match="name the family"):
