@@ -25,6 +25,8 @@ ATTEMPTS = 100
 
 Substitute = Callable[[int, int, int], int]
 """(epoch, sample, attempt) -> the sample that takes an unreadable one's place."""
+Instead = Callable[[int, int], int]
+"""(epoch, sample) -> the sample that is read for it."""
 Report = Callable[[int, str], None]
 """Told the number of each sample that could not be read, and why."""
 
@@ -68,8 +70,10 @@ def endless_orders(steps: range, batch_size: int, share: Share) -> Iterator[Step
 class _MicroBatches(Dataset):  # type: ignore[type-arg]
     """(epoch, sample numbers) -> a micro-batch and what in it could not be read."""
 
-    def __init__(self, samples: StepDataset, substitute: Substitute | None) -> None:
-        self.samples, self.substitute = samples, substitute
+    def __init__(
+        self, samples: StepDataset, substitute: Substitute | None, instead: Instead | None
+    ) -> None:
+        self.samples, self.substitute, self.instead = samples, substitute, instead
 
     def __getitem__(self, order: tuple[int, list[int]]) -> tuple[MicroBatch, dict[int, str]]:
         epoch, numbers = order
@@ -78,7 +82,8 @@ class _MicroBatches(Dataset):  # type: ignore[type-arg]
         return MicroBatch(epoch, numbers, data), unreadable
 
     def read(self, epoch: int, number: int, unreadable: dict[int, str]) -> Any:
-        taken, attempt = number, 0
+        taken = number if self.instead is None else self.instead(epoch, number)
+        attempt = 0
         while True:
             try:
                 return self.samples[taken]
@@ -104,11 +109,13 @@ def loader(
     workers: int,
     substitute: Substitute | None = None,
     report: Report = lambda sample, reason: None,
+    instead: Instead | None = None,
 ) -> Generator[list[MicroBatch], None, None]:
     """The micro-batches of each step, in order, made ahead by `workers` processes; 0 for this one.
 
     A sample that raises UnreadableImage is told to `report` and replaced by its substitute, the
-    same whoever reads it; without `substitute` the error is raised.
+    same whoever reads it; without `substitute` the error is raised. `instead`: which samples to
+    read in the first place; each its own by default.
     """
     counts: deque[int] = deque()
 
@@ -117,7 +124,7 @@ def loader(
             counts.append(len(micro_batches))
             yield from ((epoch, numbers) for numbers in micro_batches)
 
-    source = _MicroBatches(samples, substitute)
+    source = _MicroBatches(samples, substitute, instead)
     step: list[MicroBatch] = []
     made = DataLoader(
         source,

@@ -25,7 +25,7 @@ from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage
 from training.assemble import PartsConfig, assemble
 from training.config import StepLosses
-from training.data import planned_orders, prefetch
+from training.data import launched, planned_orders, prefetch
 from training.encoder import tensors_digest
 from training.latents import Batch, CachedLatents, Latents, LiveConfig, LiveLatents
 from training.loop import make_accelerator, train
@@ -33,7 +33,14 @@ from training.lora import LoRAConfig, attach, save_lora
 from training.network import Text, TextToLatents
 from training.objective import ObjectiveConfig
 from training.pictures import grid
-from training.takedown import Removal, TakedownConfig, listed_samples
+from training.takedown import (
+    HELD_OUT,
+    RECORD,
+    Removal,
+    TakedownConfig,
+    first_decides,
+    listed_samples,
+)
 
 
 class DiffusionConfig(PartsConfig):
@@ -99,14 +106,13 @@ class DiffusionProgram:
             self.held_out = self.open_cache(config.validation_cache, VALIDATION_SEED)
             counts = self.held_out.counts
             self.held_out_plan = Plan(VALIDATION_SEED, counts, config.batch_size)
-            self.held_out_removal = self.removal_from(self.held_out, self.held_out_plan)
-            self.held_out_removal.begin(0)
+            removal = self.removal_from(self.held_out, self.held_out_plan, HELD_OUT)
+            removal.begin(0, write=launched()[0] == 0)
+            self.held_out.removal = removal
         if config.evaluate_every and parts.vocabulary is None:
             raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
-        self.removal = self.removal_from(self.latents, self.plan, config.run_dir)
-        if isinstance(self.latents, LiveLatents):
-            self.latents.removal = self.removal
+        self.removal = self.latents.removal = self.removal_from(self.latents, self.plan, RECORD)
         self.network = TextToLatents(parts, config.train_text_encoder)
         text, base = (
             tensors_digest(network.state_dict()) for network in (parts.text_encoder, parts.unet)
@@ -128,9 +134,11 @@ class DiffusionProgram:
         config = self.config
         return CachedLatents(url, self.parts, seed, config.cache_local, config.cache_local_bytes)
 
-    def removal_from(self, latents: Latents, plan: Plan, run_dir: Path | None = None) -> Removal:
-        listed = listed_samples(self.config.takedown, latents)
-        return Removal(plan, latents.digest, run_dir, listed)
+    def removal_from(self, latents: Latents, plan: Plan, record: str) -> Removal:
+        path, takedown = self.config.run_dir / record, self.config.takedown
+        return first_decides(
+            lambda: Removal(plan, latents.digest, path, listed_samples(takedown, latents))
+        )
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -139,8 +147,7 @@ class DiffusionProgram:
     def batches(self, steps: range, share: Share) -> Generator[list[Batch], None, None]:
         """Read, and drawn for, ahead of their steps."""
         self.removal.begin(steps.start, write=share.rank == 0)
-        orders = self.removal.replaced(planned_orders(steps, self.plan, share))
-        read = self.latents.batches(orders)
+        read = self.latents.batches(planned_orders(steps, self.plan, share))
         return prefetch([self.drawn(batch) for batch in step] for step in read)
 
     def drawn(self, batch: Batch) -> Batch:
@@ -183,7 +190,7 @@ class DiffusionProgram:
         size, plain = self.config.batch_size, ObjectiveConfig(caption_dropout=0)
         plan = self.held_out_plan
         steps = range(min(plan.steps_per_epoch, -(-self.config.validation_samples // size)))
-        orders = self.held_out_removal.replaced(planned_orders(steps, plan, share))
+        orders = planned_orders(steps, plan, share)
         losses = [
             self.loss_of(forward, batch, device, plain)[0]
             for micro_batches in self.held_out.batches(orders)

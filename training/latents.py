@@ -53,7 +53,8 @@ class Batch:
     seed: int
     epoch: int
     samples: list[int]
-    """Numbers in the data set: with seed and epoch they key everything that is drawn."""
+    """Numbers in the data set: with seed and epoch they key everything that is drawn, also where
+    another took a sample's place."""
     ids: Tensor
     """Token ids [B, N, L] for N text encoders."""
     sizes: Tensor
@@ -87,6 +88,9 @@ class Batch:
 
 class Latents(Protocol):
     """A data set by sample number."""
+
+    removal: Removal | None
+    """What others take the place of; nothing at first."""
 
     @property
     def counts(self) -> list[int]:
@@ -131,6 +135,7 @@ class CachedLatents:
         self, url: str, parts: ModelParts, seed: int, local: Path | None, local_bytes: int
     ) -> None:
         self.cache, self.seed = LatentCache(url, local, local_bytes), seed
+        self.removal: Removal | None = None
         self.counts = self.cache.counts
         self.digest = numbered(self.cache.key.digest, self.counts)
         if self.cache.key.encoder != encoder_digest(parts.autoencoder):
@@ -156,7 +161,10 @@ class CachedLatents:
 
     def read(self, epoch: int, samples: list[int]) -> Batch:
         flipped = mirrored(self.seed, epoch, samples).tolist() if self.cache.key.flip else None
-        records = self.cache.read(samples, flipped)
+        taken = samples
+        if self.removal is not None:
+            taken = [self.removal.instead(epoch, sample) for sample in samples]
+        records = self.cache.read(taken, flipped)
         moments = Posterior(records.mean, records.logvar)
         return Batch(self.seed, epoch, samples, records.ids, records.sizes, moments=moments)
 
@@ -171,7 +179,6 @@ class LiveLatents:
     def __init__(self, config: LiveConfig, parts: ModelParts, seed: int, scanned: Path) -> None:
         self.config, self.seed = config, seed
         self.removal: Removal | None = None
-        """What must not take an unreadable sample's place."""
         self.images = LiveImages(
             open_source(config.source),
             config.sizes,
@@ -188,7 +195,9 @@ class LiveLatents:
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """Raises InputError when no sample of a bucket can be read."""
-        read = loader(self.images, orders, self.config.workers, self.substitute, self.cannot_read)
+        instead = None if self.removal is None else self.removal.instead
+        workers = self.config.workers
+        read = loader(self.images, orders, workers, self.substitute, self.cannot_read, instead)
         for step in read:
             yield [self.batch(*micro_batch) for micro_batch in step]
 

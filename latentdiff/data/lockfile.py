@@ -85,7 +85,7 @@ class LockInfo:
     digest: str
     """sha256 of every row's key, sha256, status, split and caption."""
     selected: str
-    """sha256 of the manifest of what was selected."""
+    """sha256 of the manifest of what was selected, without where that lies."""
     versions: dict[str, str]
     """Of the programs that made it, by name."""
 

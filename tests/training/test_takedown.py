@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,15 +20,18 @@ from latentdiff.data.images import SourceConfig
 from latentdiff.data.lockfile import read_rows
 from latentdiff.data.order import Plan, Share
 from latentdiff.errors import InputError
+from tests.training.laion.lock_of import lock, row
 from training.data import StepOrder, planned_orders
 from training.laion.dedup import DedupConfig, dedup
+from training.laion.lists import read_takedown
 from training.latents import LiveConfig, LiveLatents
-from training.takedown import Removal, TakedownConfig, listed_samples
+from training.takedown import Removal, TakedownConfig, _digests, first_decides, listed_samples
 
 COUNTS = (13, 3, 21)
 PLAN = Plan(5, COUNTS, batch_size=4)
 STEPS = PLAN.steps_per_epoch
 LISTED = [0, 7, 12, 16, 30]
+NOWHERE = Path("no", "such", "takedown.json")
 
 
 def orders(steps: range, share: Share = Share()) -> list[StepOrder]:  # noqa: B008
@@ -35,6 +40,14 @@ def orders(steps: range, share: Share = Share()) -> list[StepOrder]:  # noqa: B0
 
 def bucket(sample: int) -> int:
     return int(np.searchsorted(PLAN.offsets, sample, side="right")) - 1
+
+
+def replaced(removal: Removal, found: list[StepOrder]) -> list[StepOrder]:
+    """What is read for orders."""
+    return [
+        StepOrder(epoch, [[removal.instead(epoch, each) for each in batch] for batch in batches])
+        for epoch, batches in found
+    ]
 
 
 def read(found: list[StepOrder]) -> list[int]:
@@ -49,12 +62,12 @@ def read(found: list[StepOrder]) -> list[int]:
 def test_what_is_listed_is_out_from_the_next_epoch_on(listed: set[int], step: int) -> None:
     if {13, 14, 15} <= listed or set(range(13)) <= listed:
         return
-    removal = Removal(PLAN, "digest", None, listed)
+    removal = Removal(PLAN, "digest", NOWHERE, listed)
     removal.begin(step)
     steps = range(step, step + 2 * STEPS)
-    planned, replaced = orders(steps), list(removal.replaced(orders(steps)))
+    planned = orders(steps)
     first = -(-step // STEPS)
-    for before, after in zip(planned, replaced, strict=True):
+    for before, after in zip(planned, replaced(removal, planned), strict=True):
         assert after.epoch == before.epoch
         for old, new in zip(read([before]), read([after]), strict=True):
             out = old in listed and before.epoch >= first
@@ -64,12 +77,12 @@ def test_what_is_listed_is_out_from_the_next_epoch_on(listed: set[int], step: in
 
 
 def test_two_processes_are_one_run() -> None:
-    removal = Removal(PLAN, "digest", None, LISTED)
+    removal = Removal(PLAN, "digest", NOWHERE, LISTED)
     removal.begin(0)
     steps = range(3 * STEPS)
-    whole = list(removal.replaced(orders(steps)))
+    whole = replaced(removal, orders(steps))
     assert not set(read(whole)) & set(LISTED)
-    halves = [list(removal.replaced(orders(steps, Share(rank, 2, 1)))) for rank in range(2)]
+    halves = [replaced(removal, orders(steps, Share(rank, 2, 1))) for rank in range(2)]
     for step, order in enumerate(whole):
         (samples,) = order.micro_batches
         for rank in range(2):
@@ -77,9 +90,9 @@ def test_two_processes_are_one_run() -> None:
 
 
 def test_without_a_list_nothing_changes(tmp_path: Path) -> None:
-    removal = Removal(PLAN, "digest", tmp_path)
+    removal = Removal(PLAN, "digest", tmp_path / "takedown.json")
     removal.begin(3, write=True)
-    assert list(removal.replaced(orders(range(20)))) == orders(range(20))
+    assert replaced(removal, orders(range(20))) == orders(range(20))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,9 +101,9 @@ def test_without_a_list_nothing_changes(tmp_path: Path) -> None:
 
 def resumed(run_dir: Path, listed: list[int], step: int) -> list[StepOrder]:
     """What the steps of three epochs take, where the run goes on at `step`."""
-    removal = Removal(PLAN, "digest", run_dir, listed)
+    removal = Removal(PLAN, "digest", run_dir / "takedown.json", listed)
     removal.begin(step, write=True)
-    return list(removal.replaced(orders(range(3 * STEPS))))
+    return replaced(removal, orders(range(3 * STEPS)))
 
 
 def test_a_resumed_run_replaces_the_same(tmp_path: Path) -> None:
@@ -104,19 +117,53 @@ def test_a_resumed_run_replaces_the_same(tmp_path: Path) -> None:
         assert resumed(tmp_path, listed, step) == more
 
 
+def test_how_many_are_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for listed, told in (
+        (LISTED[:2], "2 samples are out from epoch 0 on;"),
+        (LISTED, "3 samples are out from epoch 1 on, 2 are out since earlier;"),
+        (LISTED, "takedown: 5 are out since earlier;"),
+        ([], "the lists name none of this run's samples."),
+    ):
+        resumed(tmp_path, listed, 1 if len(listed) > 2 else 0)
+        assert told in capsys.readouterr().out
+
+
+def test_the_first_process_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def share(values: list[Any], src: int) -> None:
+        assert src == 0
+        if values[0] is None:
+            values[0] = sent[-1]
+        else:
+            sent.append(values[0])
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", share)
+    monkeypatch.setenv("RANK", "0")
+    first = first_decides(lambda: Removal(PLAN, "digest", NOWHERE, LISTED))
+    monkeypatch.setenv("RANK", "1")
+    assert first_decides(lambda: Removal(PLAN, "digest", NOWHERE, [1])) is first
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        with pytest.raises(InputError, match="All 13"):
+            first_decides(lambda: Removal(PLAN, "digest", NOWHERE, range(13)))
+        monkeypatch.setenv("RANK", "1")
+
+
 def test_the_record_is_of_its_data(tmp_path: Path) -> None:
     resumed(tmp_path, LISTED, 0)
     with pytest.raises(InputError, match="other data"):
-        Removal(PLAN, "another", tmp_path)
+        Removal(PLAN, "another", tmp_path / "takedown.json")
     (tmp_path / "takedown.json").write_text('{"latents": "digest"}')
     with pytest.raises(InputError, match="damaged"):
-        Removal(PLAN, "digest", tmp_path)
+        Removal(PLAN, "digest", tmp_path / "takedown.json")
 
 
-def test_a_bucket_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
-    Removal(PLAN, "digest", tmp_path, [13, 14, 15])  # a bucket that fills no batch
+def test_a_bucket_of_which_nothing_is_left_is_refused() -> None:
+    Removal(PLAN, "digest", NOWHERE, [13, 14, 15])  # a bucket that fills no batch
     with pytest.raises(InputError, match="All 13 samples"):
-        Removal(PLAN, "digest", tmp_path, range(13))
+        Removal(PLAN, "digest", NOWHERE, range(13))
 
 
 # Lists
@@ -151,7 +198,39 @@ def test_live_pictures_are_found_by_any_name(
     latents = LiveLatents(config, tiny_parts, 0, tmp_path / "scan")
     takedown = a_list(tmp_path, lockfile, name, [2, 5]).model_copy(update={"lockfile": None})
     assert listed_samples(takedown, latents) == [2, 5]
-    assert listed_samples(None, latents) == []
+    assert listed_samples(None, latents) is None
+
+
+def test_a_duplicate_takes_down_what_is_there_in_its_place(tmp_path: Path) -> None:
+    content = [
+        row(0, url="https://kept.example/0.jpg"),
+        row(1, "duplicate: near", sha256="1" * 64, url="https://gone.example/1.jpg"),
+        row(2),
+    ]
+    directory = lock(tmp_path, content)
+    (tmp_path / "list.txt").write_text("gone.example\n")
+    found = _digests(read_takedown((tmp_path / "list.txt",)), directory / "lock.parquet")
+    assert found == {content[0]["sha256"], "1" * 64}
+
+
+def test_what_is_read_in_anothers_place_has_its_noise(
+    lockfile: Path, tiny_parts: ModelParts, tmp_path: Path
+) -> None:
+    config = LiveConfig(
+        source=SourceConfig(type="lockfile", path=lockfile), sizes=SizesConfig(resolution=64)
+    )
+    latents = LiveLatents(config, tiny_parts, 0, tmp_path / "scan")
+    plain = next(latents.batches([StepOrder(0, [[3, 4]])]))[0]
+    latents.removal = Removal(Plan(0, latents.counts, 4), latents.digest, NOWHERE, [3])
+    latents.removal.begin(0)
+    other = latents.removal.instead(0, 3)
+    (batch,) = next(latents.batches([StepOrder(0, [[3, other]])]))
+    assert batch.samples == [3, other]
+    assert batch.images is not None
+    torch.testing.assert_close(batch.images[0], batch.images[1])
+    noise = batch.draw("noise", (2,))
+    torch.testing.assert_close(noise[0], plain.draw("noise", (2,))[0])
+    assert (noise[0] != noise[1]).all()
 
 
 def test_an_unreadable_sample_is_not_replaced_by_one_that_is_out(
@@ -161,7 +240,8 @@ def test_an_unreadable_sample_is_not_replaced_by_one_that_is_out(
         source=SourceConfig(type="lockfile", path=lockfile), sizes=SizesConfig(resolution=64)
     )
     latents = LiveLatents(config, tiny_parts, 0, tmp_path / "scan")
-    latents.removal = Removal(Plan(0, latents.counts, 4), latents.digest, None, range(2, 12))
+    plan = Plan(0, latents.counts, 4)
+    latents.removal = Removal(plan, latents.digest, NOWHERE, range(2, 12))
     latents.removal.begin(0)
     assert latents.substitute(0, 0, 0) == 1
     with pytest.raises(InputError, match="can be read"):
@@ -177,14 +257,26 @@ def test_a_run_from_a_cache_reads_nothing_that_is_out(
     tiny_chain.run("cache_latents", run_dir=cache, source__split="train", **source)
     takedown = a_list(tmp_path, lockfile, "url", [1, 8])
     options = {"cache": cache, "run_dir": tmp_path / "run", "batch_size": 4}
+    options["validation_cache"] = cache
 
     def samples(**more: Any) -> list[list[int]]:
         program = tiny_chain.program("diffusion", **options, **more)
-        batches = program.batches(range(9), Share())
-        found = [batch.samples for step in batches for batch in step]
-        batches.close()
-        return found
+        numbers: list[list[int]] = []
+        read = program.latents.cache.read
 
+        def noted(samples: list[int], *rest: Any) -> Any:
+            numbers.append(list(samples))
+            return read(samples, *rest)
+
+        program.latents.cache.read = noted
+        batches = program.batches(range(9), Share())
+        keyed = [batch.samples for step in batches for batch in step]
+        batches.close()
+        assert not planned or keyed == planned
+        planned[:] = keyed
+        return numbers[: len(keyed)]
+
+    planned: list[list[int]] = []
     plain = samples()
     assert {each for batch in plain for each in batch} == set(range(12))
     listed = {"takedown__lists": f"[{takedown.lists[0]}]", "takedown__lockfile": lockfile}
@@ -194,5 +286,7 @@ def test_a_run_from_a_cache_reads_nothing_that_is_out(
     for batch, left in zip(found, kept, strict=True):
         assert set(left) <= set(batch)
     assert samples() == found  # what was taken down once stays out
+    held_out = tiny_chain.program("diffusion", **options).held_out.removal
+    assert held_out.since == {1: 0, 8: 0}
     with pytest.raises(InputError, match=r"takedown\.lockfile"):
         samples(takedown__lists=listed["takedown__lists"])

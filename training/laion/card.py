@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import datetime
-import difflib
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from latentdiff.config import Config
+from latentdiff.data.lockfile import LOCKFILE
 from latentdiff.model_files import staged_file
 from training.laion.croissant import croissant
 from training.laion.describe import CHARTS, describe, history_of
 from training.laion.facts import facts
 from training.laion.histograms import Histogram, drawing
+from training.laion.selection import file_digest
 
 LICENCES = {
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
@@ -62,6 +65,8 @@ class CardConfig(Config):
     """Day of publication."""
     url: str | None = None
     """Page of the data set; the card itself by default."""
+    lockfile_url: str | None = None
+    """Where the lockfile is published; by default a copy of it lies beside the card."""
     citation: str | None = None
     """BibTeX of a publication that describes it."""
     creators: tuple[str, ...] = ()
@@ -77,6 +82,33 @@ class CardConfig(Config):
         "beside it."
     )
     """What the samples are."""
+    passing_on: str = (
+        "**Links, not pictures.** What may be passed on is the lockfile: addresses, captions, "
+        "hashes and scores. The pictures belong to their makers."
+    )
+    """What may be passed on."""
+    larger: str = (
+        "Yes, of the metadata above: what the conditions leave, and of that what could still be "
+        "downloaded. It represents neither the web nor its metadata."
+    )
+    """Whether it is a sample of something larger."""
+    labels: str = "The caption, written by whoever made the web page and checked by nobody."
+    """What goes with a picture, and where it comes from."""
+    scored_by: str = (
+        "All of them are the metadata's own, from the models of those who published it."
+    )
+    """Where the scores come from."""
+    errors: str = "Captions often do not describe their pictures."
+    """What is known to be wrong in it."""
+    self_contained: str = "No. Pictures lie on other people's servers, may change and disappear."
+    """Whether it needs anything that others keep."""
+    confidential: str = (
+        "Everything was reachable without a password when it was crawled; not all of it was meant "
+        "to be."
+    )
+    """Whether anything in it is."""
+    collectors: str = "Programs did; the page's authors were not asked or paid."
+    """Who collected it, and whether they were paid."""
     source: str = (
         "From LAION's metadata: pictures and alternative texts of Common Crawl's web pages, kept "
         "where CLIP found the two similar (Schuhmann et al. 2022, arXiv 2210.08402). The pictures "
@@ -126,7 +158,10 @@ class CardConfig(Config):
         "As a lockfile with this card. The downloaded pictures may not be passed on."
     )
     """How and to whom it is given."""
-    retention: str = "As long as models are trained on them; what is taken down is deleted."
+    retention: str = (
+        "As long as models are trained on them. What is taken down is used no more; its file stays "
+        "in images/ and in caches until whoever downloaded it deletes those."
+    )
     """How long downloaded pictures are kept."""
     maintenance: str = (
         "A lockfile never changes. A correction is a new one, with a digest and a card of its own."
@@ -146,9 +181,13 @@ def card(config: CardConfig, name: str, directory: Path) -> None:
     Its numbers are facts(directory)'s. Raises InputError when the lockfile or the selection is
     missing or damaged, SystemExit with status 1 where a check finds a difference.
     """
-    files = card_files(config, name, facts(directory))
+    files, lockfile = card_files(config, name, facts(directory)), directory / LOCKFILE
+    copy = config.folder / name / LOCKFILE if config.lockfile_url is None else None
     if config.check:
-        if found := differences(files, config.folder, name):
+        found = differences(files, config.folder, name)
+        if copy is not None and not (copy.is_file() and file_digest(copy) == file_digest(lockfile)):
+            found.append(f"{copy} is not a copy of {lockfile}.")
+        if found:
             print("\n".join(found))
             raise SystemExit(1)
         print(f"All {len(files)} files of the card in {config.folder} are as they should be.")
@@ -158,6 +197,9 @@ def card(config: CardConfig, name: str, directory: Path) -> None:
     for path, content in files.items():
         with staged_file(config.folder / path) as staged:
             staged.write_text(content, encoding="utf-8")
+    if copy is not None:
+        with staged_file(copy) as staged:
+            shutil.copyfile(lockfile, staged)
     print(f"Wrote {config.folder / name}.md with {len(files) - 1} files beside it.")
     if unanswered := [f"card.{key}" for key in ASKED if not getattr(config, key)]:
         print(f"Before you publish it, set {', '.join(unanswered)}.")
@@ -187,9 +229,11 @@ def differences(files: dict[str, str], folder: Path, name: str) -> list[str]:
         if not (folder / path).is_file():
             found.append(f"{folder / path} is missing.")
         elif (there := (folder / path).read_text(encoding="utf-8")) != content:
-            lines = difflib.ndiff(there.splitlines(), content.splitlines())
-            changed = [line for line in lines if line[:2] in ("- ", "+ ")]
-            found.append(f"{folder / path} differs, first in:\n" + "\n".join(changed[:2]))
+            lines = itertools.zip_longest(there.split("\n"), content.split("\n"))
+            number, (is_there, due) = next(
+                (number, pair) for number, pair in enumerate(lines, 1) if pair[0] != pair[1]
+            )
+            found.append(f"{folder / path} differs, first in line {number}:\n- {is_there}\n+ {due}")
     stale = _stale(files, folder, name)
     return found + [f"{path} belongs to no number of this lockfile." for path in stale]
 
@@ -226,7 +270,7 @@ def _croissant(config: CardConfig, name: str, counted: dict[str, Any]) -> dict[s
         "personalSensitiveInformation": f"{config.people} {config.sensitive}",
         "dataReleaseMaintenancePlan": f"{config.maintenance} {config.retention}",
     }
-    return croissant(about, counted, rai)
+    return croissant(about, counted, rai, config.lockfile_url or f"{name}/{LOCKFILE}")
 
 
 def _json(values: dict[str, Any]) -> str:

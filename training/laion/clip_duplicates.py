@@ -39,6 +39,8 @@ def embed(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     network = network.to(device).eval()
+    if not keys:
+        return np.empty((0, 1), dtype=np.float32)
     tars, found = Tars(directory / IMAGES), []
     for start in range(0, len(keys), batch_size):
         pictures = [decode(tars.read(key)) for key in keys[start : start + batch_size]]

@@ -68,14 +68,14 @@ FIELDS = {
 
 
 def croissant(
-    about: Mapping[str, Any], facts: Mapping[str, Any], rai: Mapping[str, str]
+    about: Mapping[str, Any], facts: Mapping[str, Any], rai: Mapping[str, str], lockfile: str
 ) -> dict[str, Any]:
     """The JSON-LD of a data set.
 
     about: name, description, license, url, version, and where they are known creator,
     datePublished, citeAs, inLanguage: properties of schema.org. facts: those of the lockfile.
-    rai: properties of the RAI vocabulary, such as dataBiases. What is distributed is the lockfile,
-    beside this file: addresses and captions, no pictures.
+    rai: properties of the RAI vocabulary, such as dataBiases. lockfile: its URL, or where it lies
+    relative to this file. It is what is distributed: addresses and captions, no pictures.
     """
     return {
         "@context": CONTEXT,
@@ -89,7 +89,7 @@ def croissant(
                 "@id": LOCKFILE,
                 "name": LOCKFILE,
                 "description": "One row per selected sample: addresses, captions, hashes, scores.",
-                "contentUrl": LOCKFILE,
+                "contentUrl": lockfile,
                 "contentSize": f"{facts['lockfile']['bytes']} B",
                 "encodingFormat": "application/x-parquet",
                 "sha256": facts["lockfile"]["sha256"],

@@ -36,9 +36,9 @@ from latentdiff.data.lockfile import (
 from latentdiff.errors import InputError
 from training.laion import features
 from training.laion.duplicates import Map, Pictures, alike, exact, groups, near, stay
-from training.laion.listed import NAMES, Listed, read_list
+from training.laion.lists import NAMES, Takedown, read_takedown
 from training.laion.phash import VIEWS
-from training.laion.selection import MANIFEST, SELECTED, read_manifest
+from training.laion.selection import check_download, identity, read_manifest
 
 
 class DedupConfig(Config):
@@ -105,12 +105,14 @@ def dedup(config: DedupConfig, name: str, directory: Path) -> LockInfo:
     """Write directory/lock.parquet, a row for every selected sample, and print what became of them.
 
     The same pictures and configuration make the same bytes. Killed, it goes on with the shards that
-    it has not yet decoded. In memory it holds about 200 bytes a picture. Raises InputError when the
-    download is not finished or a list or weights cannot be used.
+    it has not yet decoded. In memory it holds about 400 bytes a picture, 300 more for each pair
+    that looks alike, and 200 MB. Raises InputError when the download is not finished or of another
+    selection, or a list or weights cannot be used.
     """
-    listed = read_list(config.takedown)
-    rows = read_manifest(directory)["rows"]
-    selected = hashlib.sha256((directory / SELECTED / MANIFEST).read_bytes()).hexdigest()
+    listed = read_takedown(config.takedown)
+    manifest = read_manifest(directory)
+    check_download(directory)
+    rows = manifest["rows"]
     names = features.shards(directory)
     downloaded = sum(features.count_rows(directory, shard) for shard in names)
     if downloaded != rows:
@@ -132,7 +134,7 @@ def dedup(config: DedupConfig, name: str, directory: Path) -> LockInfo:
         "pillow": PIL.__version__,
         "pyarrow": pa.__version__,
     }
-    info = write_lockfile(directory / LOCKFILE, tables, name, selected, versions)
+    info = write_lockfile(directory / LOCKFILE, tables, name, identity(manifest), versions)
     print(f"{counts[KEPT]:,} of {rows:,} selected samples are kept. What became of all:")
     for status, count in counts.most_common():
         print(f"  {status:<20} {count:>12,} {count / rows:>7.2%}")
@@ -152,7 +154,7 @@ def _pool(processes: int) -> Iterator[Map]:
 
 
 def _read(
-    config: DedupConfig, directory: Path, names: list[str], listed: Listed
+    config: DedupConfig, directory: Path, names: list[str], listed: Takedown
 ) -> tuple[Pictures, list[str], np.ndarray]:
     """The pictures that can be used, their keys, and which are too small."""
     keys: list[str] = []
@@ -196,12 +198,18 @@ def _judged(
     ranks = pictures.ranks()
     stays = exact(pictures, ranks)
     itself = np.arange(len(pictures))
-    among = np.flatnonzero((stays == itself) & ~small)
-    pairs, differences = near(
-        pictures, among, names, directory, config.hash_bits, config.window, mapped
+    among = np.flatnonzero((stays == itself) & (~small | pictures.taken))
+    linked, differences = near(
+        pictures,
+        among,
+        names,
+        directory,
+        config.hash_bits,
+        config.window,
+        LINKED * config.max_difference,
+        mapped,
     )
-    by_kind = [stay(pairs[differences <= config.max_difference], ranks)]
-    linked = pairs[differences <= LINKED * config.max_difference]
+    by_kind = [stay(linked[differences <= config.max_difference], ranks)]
     if config.clip_model is not None and config.clip_weights is not None:
         from training.laion.clip_duplicates import embed  # and with it torch
 
@@ -230,20 +238,21 @@ def _judged(
 
 def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> np.ndarray:
     """Which pictures are held out, bool [N], drawn by the least sha256 of those that are linked:
-    pairs, and pictures that share a hash or a sha256.
+    pairs, and pictures that share a sha256 or the hash of a view.
     """
     links = [linked]
-    for values in (pictures.sha256, pictures.hashes[:, 0]):
+    for values in (pictures.sha256, *pictures.hashes.T):
         order = np.argsort(values, kind="stable")
         same = values[order][1:] == values[order][:-1]
         links.append(np.stack([order[:-1][same], order[1:][same]], axis=1))
     group = groups(len(pictures), np.concatenate(links))
-    least: dict[int, bytes] = {}
-    for member, sha256 in zip(group.tolist(), pictures.sha256.tolist(), strict=True):
-        least[member] = min(least.get(member, sha256), sha256)
+    order = np.argsort(pictures.sha256, kind="stable")
+    roots, least = np.unique(group[order], return_index=True)
     bound = int(config.validation_share * 2**64)
-    drawn = np.array([_drawn(least[member]) < bound for member in group.tolist()], dtype=bool)
-    return drawn & (np.bincount(group, minlength=1)[group] <= MANY)
+    drawn = [_drawn(sha256) < bound for sha256 in pictures.sha256[order[least]].tolist()]
+    held_out = np.zeros(len(pictures), dtype=bool)
+    held_out[roots[np.array(drawn, dtype=bool)]] = True
+    return held_out[group] & (np.bincount(group, minlength=1)[group] <= MANY)
 
 
 def _drawn(sha256: bytes) -> int:
@@ -255,7 +264,7 @@ def _rows(
     config: DedupConfig,
     directory: Path,
     names: list[str],
-    listed: Listed,
+    listed: Takedown,
     verdicts: Verdicts,
     counts: Counter[str],
 ) -> Iterator[pa.Table]:

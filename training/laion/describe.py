@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from latentdiff.data.lockfile import DUPLICATES, KEPT, SCHEMA, TAKEN_DOWN, TOO_SMALL
+from latentdiff.data.lockfile import DUPLICATES, SCHEMA
 from training.laion.croissant import FIELDS
-from training.laion.facts import SCORES
+from training.laion.facts import RADIUS, SCORES
+from training.laion.outcomes import HAD
 
 if TYPE_CHECKING:
     from training.laion.card import CardConfig
@@ -36,8 +37,6 @@ CHARTS = {
 
 OPTED_OUT = "opted out"
 """The status of what a server does not want used."""
-HAD = (KEPT, *DUPLICATES, TOO_SMALL, TAKEN_DOWN)
-"""Status of samples whose pictures were there."""
 SHOWN = 60
 """Characters of a name that others chose."""
 LISTED = 30
@@ -84,7 +83,7 @@ def describe(
         kept_share=share(count, facts["samples"]),
         train=f"{kept['split'].get('train', 0):,}",
         validation=f"{kept['split'].get('validation', 0):,}",
-        domains=f"{kept['domains']:,}",
+        domains=f"{facts['domains']:,}",
         distinct_captions=f"{facts['distinct_captions']:,}",
         distinct_pictures=f"{facts['distinct_pictures']:,}",
         digest=facts["digest"],
@@ -95,7 +94,7 @@ def describe(
         funnel=_funnel(facts["selection"]),
         status=_table(status, facts["samples"]),
         carried=_carried(kept),
-        commonest_domains=_listed(kept["commonest_domains"]),
+        commonest_domains=_listed(kept["domain"]),
         bytes=_bytes(kept["bytes"]),
         sizes=_rows({**{key: numbers[key] for key in SIZES}, "bytes": numbers["bytes"]}),
         captions=_rows({key: numbers[key] for key in CAPTIONS}),
@@ -108,6 +107,9 @@ def describe(
         opted_out=f"{status.get(OPTED_OUT, 0):,}",
         shared_sha256=f"{facts['in_both_splits']['sha256']:,}",
         shared_phash=f"{facts['in_both_splits']['phash']:,}",
+        radius=RADIUS,
+        preset=code(facts["selection"]["preset"]["name"]),
+        preset_source=facts["selection"]["preset"]["source"],
         duplicates=f"{sum(status.get(reason, 0) for reason in DUPLICATES):,}",
         gone=f"{sum(count for reason, count in status.items() if reason not in HAD):,}",
         fields="\n".join(

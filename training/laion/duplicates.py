@@ -15,7 +15,7 @@ from training.laion.phash import VIEWS, candidates
 PIECE = 1 << 14
 """Pairs that a process compares at a time."""
 MANY = 1 << 20
-"""Candidates after which those that came twice are left out."""
+"""Candidates after which they are measured; a search may add as many as there are pictures."""
 
 Map = Callable[..., Iterator[np.ndarray]]
 """map, or that of a pool of processes."""
@@ -70,16 +70,38 @@ def near(
     directory: Path,
     most_bits: int,
     window: int,
+    most_difference: float,
     mapped: Map = map,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of `among` whose hashes are near in some view, int64 [P, 2], and how much the pictures
-    differ in such a view, float32 [P].
+    differ in such a view, float32 [P], at most most_difference.
     """
-    found = _candidates(pictures, among, most_bits, window)
-    if not len(found):
-        return found, np.empty(0, dtype=np.float32)
+    codes, measured = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
+    for block in _candidates(pictures, among, most_bits, window):
+        pairs = _pairs(block, len(pictures))
+        differing = _differences(pictures, pairs, names, directory, most_bits, mapped)
+        alike = differing <= most_difference
+        codes.append(block[alike])
+        measured.append(differing[alike])
+    found, first = np.unique(np.concatenate(codes), return_index=True)
+    return _pairs(found, len(pictures)), np.concatenate(measured)[first]
+
+
+def _pairs(codes: np.ndarray, count: int) -> np.ndarray:
+    return np.stack(np.divmod(codes, max(count, 1)), axis=1)
+
+
+def _differences(
+    pictures: Pictures,
+    pairs: np.ndarray,
+    names: list[str],
+    directory: Path,
+    most_bits: int,
+    mapped: Map,
+) -> np.ndarray:
+    """Of each pair in that view, of those whose hashes are near, in which it is least."""
     places = np.stack([pictures.shard, pictures.row], axis=1)
-    pieces = [found[start : start + PIECE] for start in range(0, len(found), PIECE)]
+    pieces = [pairs[start : start + PIECE] for start in range(0, len(pairs), PIECE)]
     measured = mapped(
         differences,
         [directory] * len(pieces),
@@ -87,25 +109,31 @@ def near(
         [places[piece[:, 0]] for piece in pieces],
         [places[piece[:, 1]] for piece in pieces],
     )
-    bits = np.bitwise_count(pictures.hashes[found[:, 0]] ^ pictures.hashes[found[:, 1]])
-    aspects = np.abs(pictures.aspects[found[:, 0]] - pictures.aspects[found[:, 1]])
+    first, second = pairs.T
+    bits = np.bitwise_count(pictures.hashes[first] ^ pictures.hashes[second])
+    aspects = np.abs(pictures.aspects[first] - pictures.aspects[second])
     comparable = (bits <= most_bits) & (aspects <= MAX_ASPECT_STEP)
-    return found, np.where(comparable, np.concatenate(list(measured)), np.inf).min(axis=1)
+    least: np.ndarray = np.where(comparable, np.concatenate(list(measured)), np.inf).min(axis=1)
+    return least
 
 
-def _candidates(pictures: Pictures, among: np.ndarray, most_bits: int, window: int) -> np.ndarray:
-    """Pairs of `among` with near hashes in a view of like shape, each once, int64 [P, 2]."""
-    found, waiting, count = np.empty(0, dtype=np.int64), [np.empty(0, dtype=np.int64)], 0
+def _candidates(
+    pictures: Pictures, among: np.ndarray, most_bits: int, window: int
+) -> Iterator[np.ndarray]:
+    """Pairs of `among` with near hashes in a view of like shape, first * N + second, int64 [P]: in
+    blocks, in none of which a pair is twice.
+    """
+    waiting: list[np.ndarray] = []
     for view in range(VIEWS):
         for i, j in candidates(pictures.hashes[among, view], most_bits, window):
             first, second = among[np.minimum(i, j)], among[np.maximum(i, j)]
             aspects = np.abs(pictures.aspects[first, view] - pictures.aspects[second, view])
             waiting.append((first * len(pictures) + second)[aspects <= MAX_ASPECT_STEP])
-            count += len(waiting[-1])
-            if count > max(len(found), MANY):
-                found, waiting, count = np.unique(np.concatenate([found, *waiting])), [], 0
-    pairs = np.unique(np.concatenate([found, *waiting]))
-    return np.stack(np.divmod(pairs, max(len(pictures), 1)), axis=1)
+            if sum(map(len, waiting)) > MANY:
+                yield np.unique(np.concatenate(waiting))
+                waiting = []
+    if any(map(len, waiting)):
+        yield np.unique(np.concatenate(waiting))
 
 
 def alike(embeddings: np.ndarray, cosine: float, block: int = 4096) -> np.ndarray:

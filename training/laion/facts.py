@@ -16,15 +16,22 @@ import pyarrow.compute as pc
 from latentdiff.data.lockfile import KEPT, LOCKFILE, SPLITS, check_lockfile, read_batches
 from latentdiff.errors import InputError
 from training.laion.histograms import binned
-from training.laion.selection import MANIFEST, SELECTED, read_manifest
+from training.laion.lists import host_of
+from training.laion.selection import SELECTED, file_digest, identity, read_manifest
 
 SCORES = ("similarity", "punsafe", "pwatermark", "aesthetic_v1", "aesthetic_v2")
 LOGARITHMIC = ("width", "height", "shorter_side", "aspect", "bytes")
 CATEGORIES = ("format", "nsfw", "language", "license", "bucket", "opt_out", "split")
 UNKNOWN = "unknown"
-DOMAINS = 10
-"""Named in the card, the commonest ones."""
-HOST = r"^[A-Za-z]+://(?:[^/?#@]*@)?(?P<host>\[[^\]]*\]|[^/:?#\[]+)"
+OPEN = ("language", "license", "domain")
+"""Categories of which there may be any number."""
+NAMED = 25
+"""Of those, the commonest ones are counted by name."""
+OTHERS = "others"
+COUNTED = 1 << 20
+"""Names that are counted at once; beyond twice as many the rarest are counted together."""
+RADIUS = 3
+"""Bits of 64 in which near hashes may differ."""
 Columns = dict[str, pa.ChunkedArray]
 
 
@@ -32,7 +39,7 @@ def facts(directory: Path) -> dict[str, Any]:
     """Every number of the card of `directory`/lock.parquet, as plain JSON values.
 
     The same lockfile and selection give the same facts. Reads the lockfile column by column and
-    holds at most 16 bytes a kept sample. Raises InputError when a file is missing or damaged, or
+    holds at most 32 bytes a kept sample. Raises InputError when a file is missing or damaged, or
     the selection is not the one that the lockfile was made from.
     """
     path = directory / LOCKFILE
@@ -41,21 +48,25 @@ def facts(directory: Path) -> dict[str, Any]:
         "name": info.name,
         "digest": info.digest,
         "versions": info.versions,
-        "lockfile": {"bytes": path.stat().st_size, "sha256": _sha256(path)},
+        "lockfile": {"bytes": path.stat().st_size, "sha256": file_digest(path)},
         "selection": _selection(directory, info.selected),
         "samples": info.rows,
         **_counts(path),
         "numbers": {name: _about(values, name in LOGARITHMIC) for name, values in _numbers(path)},
         "distinct_captions": _distinct(_column(path, "caption", _hashed)),
         "distinct_pictures": _distinct(_column(path, "sha256", _prefixes)),
-        "in_both_splits": {name: _shared(path, name) for name in ("sha256", "phash")},
+        "domains": _distinct(_column(path, "url", lambda urls: _hashed(hosts(urls)))),
+        "in_both_splits": {
+            "sha256": _shared(*_by_split(path, "sha256")),
+            "phash": _near(*_by_split(path, "phash")),
+        },
     }
 
 
 def _selection(directory: Path, sha256: str) -> dict[str, Any]:
     """What the manifest says of the selection; of the metadata files the names alone."""
     manifest = read_manifest(directory)
-    if _sha256(directory / SELECTED / MANIFEST) != sha256:
+    if identity(manifest) != sha256:
         raise InputError(
             f"{directory / SELECTED} is not the selection that the lockfile was made from; run the "
             "steps download and dedup again."
@@ -64,6 +75,7 @@ def _selection(directory: Path, sha256: str) -> dict[str, Any]:
         "rows": manifest["rows"],
         "funnel": manifest["funnel"],
         "unusable": manifest["unusable"],
+        "preset": manifest["preset"],
         "metadata": [
             {"name": Path(each["name"]).name, "bytes": each["bytes"], "family": each["family"]}
             for each in manifest["metadata"]
@@ -84,17 +96,19 @@ def _counts(path: Path) -> dict[str, Any]:
         for name in CATEGORIES:
             kept[name] += _tally(table[name])
         kept["domain"] += _tally(hosts(table["url"]))
+        for name in OPEN:
+            _bounded(kept[name])
         for name in ("sha256", "status", "opt_out", *SCORES):
             carried[name] += len(table) - table[name].null_count
         size += pc.sum(table["bytes"]).as_py() or 0
+    for name in OPEN:
+        kept[name] = _commonest(kept[name])
     return {
         "status": _ordered(status),
         "kept": {
             "samples": status[KEPT],
             "bytes": size,
             "carried": dict(carried),
-            "domains": len(kept["domain"]),
-            "commonest_domains": dict(list(_ordered(kept.pop("domain")).items())[:DOMAINS]),
             **{name: _ordered(counts) for name, counts in kept.items()},
         },
     }
@@ -136,8 +150,8 @@ def words(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def hosts(urls: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The host of each URL, in small letters; null where there is none."""
-    return pc.utf8_lower(pc.struct_field(pc.extract_regex(urls, HOST), "host"))
+    """The host of each URL, in small letters; UNKNOWN where there is none."""
+    return pa.chunked_array([[host_of(url) or UNKNOWN for url in urls.to_pylist()]], pa.string())
 
 
 def _column(
@@ -173,12 +187,32 @@ def _prefixes(digits: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(first)), dtype=np.uint64)
 
 
-def _shared(path: Path, name: str) -> int:
-    """Samples of the last split whose hash, by its first 64 bits, is in the first one too."""
-    train, validation = (_column(path, name, _prefixes, split) for split in SPLITS)
+def _by_split(path: Path, name: str) -> list[np.ndarray]:
+    return [_column(path, name, _prefixes, split).astype(np.uint64) for split in SPLITS]
+
+
+def _shared(train: np.ndarray, validation: np.ndarray) -> int:
+    """How many of the second hashes are among the first, which are sorted in place."""
     train.sort()
     ends = (np.searchsorted(train, validation, side) for side in ("left", "right"))
     return int(np.not_equal(*ends).sum())
+
+
+def _near(train: np.ndarray, validation: np.ndarray) -> int:
+    """How many of the second hashes differ from one of the first in at most RADIUS bits: those two
+    agree in one of RADIUS + 1 parts of the bits.
+    """
+    train, found = np.unique(train), np.zeros(len(validation), dtype=bool)
+    bits = 64 // (RADIUS + 1)
+    for shift in range(0, 64, bits):
+        there, here = ((each >> shift) & (2**bits - 1) for each in (train, validation))
+        order = np.argsort(there, kind="stable")
+        there, hashes = there[order], train[order]
+        starts, ends = (np.searchsorted(there, here, side) for side in ("left", "right"))
+        for number in np.flatnonzero(~found).tolist():
+            like = hashes[starts[number] : ends[number]]
+            found[number] = (np.bitwise_count(like ^ validation[number]) <= RADIUS).any()
+    return int(found.sum())
 
 
 def _distinct(values: np.ndarray) -> int:
@@ -199,9 +233,19 @@ def _ordered(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _bounded(counts: Counter[str]) -> None:
+    """Keep the COUNTED commonest names, the rest as one."""
+    if len(counts) > 2 * COUNTED:
+        rarest = counts.most_common()[COUNTED:]
+        for name, _ in rarest:
+            del counts[name]
+        counts[OTHERS] += sum(count for _, count in rarest)
+
+
+def _commonest(counts: Counter[str]) -> Counter[str]:
+    """The NAMED commonest names, and OTHERS."""
+    ordered = list(_ordered(counts).items())
+    found = Counter(dict(ordered[:NAMED]))
+    if rest := sum(count for _, count in ordered[NAMED:]):
+        found[OTHERS] += rest
+    return found

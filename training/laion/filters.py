@@ -261,7 +261,9 @@ def _long(holds: Measure, bound: int) -> Judge:
 
 
 def _each_url(holds: Callable[[str], bool]) -> Judge:
-    return lambda batch: np.array([holds(url) for url in batch["url"].to_pylist()], dtype=bool)
+    return lambda batch: np.array(
+        [holds(url or "") for url in batch["url"].to_pylist()], dtype=bool
+    )
 
 
 def _about_ids(filters: FiltersConfig, share: float) -> list[Condition]:
@@ -272,12 +274,13 @@ def _about_ids(filters: FiltersConfig, share: float) -> list[Condition]:
         def not_taken_down(batch: pa.RecordBatch) -> np.ndarray:
             listed = takedown.holds_ids(batch[ID].to_numpy())
             if takedown.sha256:
-                listed |= [digest in takedown.sha256 for digest in batch["sha256"].to_pylist()]
-            if takedown.urls or takedown.domains:
-                listed |= [
-                    url in takedown.urls or takedown.domains.hold(url)
-                    for url in batch["url"].to_pylist()
-                ]
+                digests = batch["sha256"].to_pylist()
+                listed |= np.array([each in takedown.sha256 for each in digests], dtype=bool)
+            if takedown.urls:
+                urls = batch["url"].to_pylist()
+                listed |= np.array([url in takedown.urls for url in urls], dtype=bool)
+            if takedown.domains:
+                listed |= _each_url(takedown.domains.hold)(batch)
             return ~listed
 
         made.append(Condition("not taken down", (), not_taken_down, "ids"))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentdiff.errors import InputError
 
 NETLOC = re.compile(r"[^:]*://([^/\\?#]*)")
+DIGITS = re.compile(r"[0-9]+")
 DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+COMMENT = re.compile(r"(^|\s)#.*")
 REMEMBERED = 1 << 20
 """Hosts whose verdict is kept at once."""
+NAMES = ("key", "sample_id", "sha256", "url")
+"""Columns by which a list may name a picture; a domain is looked for in its URL."""
 
 
 class Domains:
@@ -39,6 +46,12 @@ class Domains:
                 self._verdicts.clear()
             self._verdicts[netloc] = verdict
         return verdict
+
+
+def host_of(url: str | None) -> str:
+    """The host of a URL as `host` has it; "" where there is none."""
+    found = NETLOC.match(url or "")
+    return host(found.group(1)) if found else ""
 
 
 def host(netloc: str) -> str:
@@ -66,8 +79,10 @@ def read_domains(given: Sequence[str] | Path) -> Domains:
 
 @dataclass(frozen=True)
 class Takedown:
-    """What must not be used, by any of its names. Some 150 bytes of memory an entry."""
+    """What must not be used, by any of its names. Some 200 bytes of memory an entry."""
 
+    keys: frozenset[str] = frozenset()
+    """Of downloaded pictures; a selection has none yet."""
     urls: frozenset[str] = frozenset()
     """Exactly as in the metadata."""
     sha256: frozenset[str] = frozenset()
@@ -76,6 +91,11 @@ class Takedown:
     """Sorted, uint64."""
     domains: Domains = field(default_factory=lambda: Domains(()))
 
+    @property
+    def needs_names(self) -> bool:
+        """Whether more than sha256 is listed."""
+        return bool(self.keys or self.urls or self.domains or len(self.sample_ids))
+
     def holds_ids(self, ids: np.ndarray) -> np.ndarray:
         """bool, for each of the ids [N], uint64."""
         if not len(self.sample_ids):
@@ -83,36 +103,68 @@ class Takedown:
         place = np.searchsorted(self.sample_ids, ids)
         return self.sample_ids[np.minimum(place, len(self.sample_ids) - 1)] == ids
 
+    def holds(self, table: pa.Table) -> np.ndarray:
+        """Which rows are listed, bool [N], by those of NAMES that the table has."""
+        found = np.zeros(len(table), dtype=bool)
+        for name in set(NAMES) & set(table.column_names):
+            if len(self._values[name]):
+                listed = pc.is_in(table[name], value_set=self._values[name])
+                found |= listed.to_numpy()
+        if self.domains and "url" in table.column_names:
+            urls = table["url"].to_pylist()
+            found |= np.array([self.domains.hold(url or "") for url in urls], dtype=bool)
+        return found
+
+    @cached_property
+    def _values(self) -> dict[str, pa.Array]:
+        ids = [f"{number:016x}" for number in self.sample_ids.tolist()]
+        listed = (self.keys, ids, self.sha256, self.urls)
+        return {
+            name: pa.array(list(values), pa.string())
+            for name, values in zip(NAMES, listed, strict=True)
+        }
+
 
 def read_takedown(paths: Sequence[Path]) -> Takedown:
-    """Lists of one entry per line: a URL, a domain, a sample_id or a sha256.
+    """Lists of one entry per line: a URL, a domain, a key, a sample_id or a sha256.
 
-    Keys of downloaded pictures (digits) are for later steps and mean nothing here. "#" begins a
-    comment. Raises InputError for what is none of these.
+    "#" begins a comment, at the start of a line or after white space. Raises InputError for what is
+    none of these.
     """
-    urls, domains, hashes, ids = set(), set(), set(), set()
+    keys, urls, domains, hashes, ids = set(), set(), set(), set(), set()
     for path in paths:
         for number, line in _lines(path):
+            if DIGITS.fullmatch(line):  # of 16, or of 64, they may be another name as well
+                keys.add(line)
             if "://" in line:
                 urls.add(line)
             elif re.fullmatch(r"[0-9a-fA-F]{64}", line):
                 hashes.add(line.lower())
             elif re.fullmatch(r"[0-9a-fA-F]{16}", line):
                 ids.add(int(line, 16))
-            elif not line.isdigit():
+            elif line not in keys:
                 domains.add(_domain(line, f"{path}, line {number}", dotted=True))
     return Takedown(
-        frozenset(urls), frozenset(hashes), np.array(sorted(ids), dtype=np.uint64), Domains(domains)
+        frozenset(keys),
+        frozenset(urls),
+        frozenset(hashes),
+        np.array(sorted(ids), dtype=np.uint64),
+        Domains(domains),
     )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered from 1, without comments and what is empty."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                entry = line.strip()
-                if entry and not entry.startswith("#"):
+                entry = COMMENT.sub("", line).strip()
+                if len(entry.split()) > 1:
+                    raise InputError(
+                        f"{path}, line {number}: {entry!r} has white space in it; put one entry on "
+                        'a line, and comments behind " #".'
+                    )
+                if entry:
                     yield number, entry
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The list {path} cannot be read ({error}); correct its path.") from None

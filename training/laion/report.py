@@ -12,23 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentdiff.data.lockfile import (
-    DUPLICATES,
-    KEPT,
-    LOCKFILE,
-    TAKEN_DOWN,
-    TOO_SMALL,
-    read_batches,
-    read_info,
-)
+from latentdiff.data.lockfile import LOCKFILE, read_batches, read_info
 from latentdiff.errors import InputError
 from latentdiff.model_files import staged_file, write_json
 from training.laion.features import read_shard, shards
-from training.laion.lists import NETLOC, host
+from training.laion.lists import host_of
+from training.laion.outcomes import GONE, HAD
 
 REPORT = "report"
-OURS = (KEPT, *DUPLICATES, TOO_SMALL, TAKEN_DOWN)
-"""Status of samples whose pictures were there, or not asked for."""
 MISMATCH = "hash mismatch"
 LISTED = 20
 """Domains in the text, those with the most samples."""
@@ -49,9 +40,9 @@ RANGES = (
 def report(directory: Path) -> dict[str, Any]:
     """Write report/rot.json and report/rot.txt and return the former; prints the latter.
 
-    A picture counts as gone that could not be had as the metadata describe it, and not what was
-    left out here. The same lockfile and downloads make the same bytes. Raises InputError where
-    there is no lockfile or no download, or one is damaged.
+    A picture counts as gone that its server gives no more; what was refused, by its server's wish,
+    by our limits or for another hash, is counted apart. The same lockfile and downloads make the
+    same bytes. Raises InputError where there is no lockfile or no download, or one is damaged.
     """
     path = directory / LOCKFILE
     info = read_info(path)
@@ -59,24 +50,27 @@ def report(directory: Path) -> dict[str, Any]:
     domains: Counter[tuple[str, bool]] = Counter()
     for table in read_batches(path, ("status", "url")):
         status.update(table["status"].to_pylist())
-        gone = _gone(table["status"])
+        lost = _gone(table["status"]).tolist()
         urls = table["url"].to_pylist()
-        domains.update((_domain(url), bool(lost)) for url, lost in zip(urls, gone, strict=True))
+        domains.update((_domain(url), gone) for url, gone in zip(urls, lost, strict=True))
         _bounded(domains)
     sizes: Counter[tuple[str, bool]] = Counter()
     codes: Counter[str] = Counter()
-    for sides, answers, gone in _downloaded(directory):
-        sizes.update(zip(sides, map(bool, gone), strict=True))
+    for sides, answers, lost in _downloaded(directory):
+        sizes.update(zip(sides, lost, strict=True))
         codes.update(f"{each}" for each in answers if each is not None)
-    gone_by_reason = {reason: count for reason, count in status.items() if reason not in OURS}
+    gone = {reason: count for reason, count in status.items() if reason in GONE}
+    refused = {reason: status[reason] for reason in status.keys() - {*HAD, *GONE}}
     values = {
         "name": info.name,
         "lockfile": info.digest,
         "samples": info.rows,
-        "gone": sum(gone_by_reason.values()),
+        "gone": sum(gone.values()),
+        "refused": sum(refused.values()),
         "hash_mismatches": status[MISMATCH],
         "status": dict(sorted(status.items())),
-        "gone_by_reason": dict(sorted(gone_by_reason.items())),
+        "gone_by_reason": dict(sorted(gone.items())),
+        "refused_by_reason": dict(sorted(refused.items())),
         "http_status": dict(sorted(codes.items())),
         "by_domain": _shares(domains),
         "by_shorter_side": {
@@ -97,13 +91,15 @@ def describe(values: Mapping[str, Any]) -> str:
     """The report, for people."""
     rows, gone = values["samples"], values["gone"]
     lines = [
-        f"{gone:,} of {rows:,} samples ({_share(gone, rows)}) are gone or not as described; "
-        f"{values['hash_mismatches']:,} are another picture than the metadata's hash says.",
-        "",
-        _line("reason", "samples", "of all"),
+        f"{gone:,} of {rows:,} samples ({_share(gone, rows)}) are gone. {values['refused']:,} were "
+        f"refused, {values['hash_mismatches']:,} of them because they are another picture than the "
+        "metadata's hash says.",
     ]
-    by_reason = sorted(values["gone_by_reason"].items(), key=lambda item: (-item[1], item[0]))
-    lines += [_line(reason, f"{count:,}", _share(count, rows)) for reason, count in by_reason]
+    for title in ("gone", "refused"):
+        counts = values[f"{title}_by_reason"].items()
+        by_reason = sorted(counts, key=lambda item: (-item[1], item[0]))
+        lines += ["", _line(title, "samples", "of all")]
+        lines += [_line(reason, f"{count:,}", _share(count, rows)) for reason, count in by_reason]
     for title, counted in (
         ("shorter side", values["by_shorter_side"]),
         ("domain", dict(list(values["by_domain"].items())[:LISTED])),
@@ -128,23 +124,23 @@ def _share(part: int, whole: int) -> str:
 
 
 def _gone(status: pa.ChunkedArray) -> np.ndarray:
-    lost: np.ndarray = pc.invert(pc.is_in(status, pa.array(OURS))).to_numpy()
+    lost: np.ndarray = pc.is_in(status, pa.array(GONE)).to_numpy()
     return lost
 
 
 def _domain(url: str | None) -> str:
-    found = NETLOC.match(url or "")
-    name = host(found.group(1)) if found else ""
-    return "".join(each if each.isprintable() else "?" for each in name) or UNKNOWN
+    return "".join(each if each.isprintable() else "?" for each in host_of(url)) or UNKNOWN
 
 
 def _bounded(domains: Counter[tuple[str, bool]]) -> None:
     """Keep the commonest MAX_DOMAINS, the rest as one."""
     if len(domains) <= 2 * MAX_DOMAINS:
         return
-    for place, count in domains.most_common()[MAX_DOMAINS:]:
+    rarest = domains.most_common()[MAX_DOMAINS:]
+    for place, _ in rarest:
         del domains[place]
-        domains[OTHERS, place[1]] += count
+    for (_, gone), count in rarest:
+        domains[OTHERS, gone] += count
 
 
 def _shares(counts: Counter[tuple[str, bool]]) -> dict[str, dict[str, int]]:
@@ -156,7 +152,7 @@ def _shares(counts: Counter[tuple[str, bool]]) -> dict[str, dict[str, int]]:
     return {name: {"samples": samples[name], "gone": counts[name, True]} for name in order}
 
 
-def _downloaded(directory: Path) -> Iterator[tuple[list[str], list[int | None], np.ndarray]]:
+def _downloaded(directory: Path) -> Iterator[tuple[list[str], list[int | None], list[bool]]]:
     """Of each shard the ranges of sides in the metadata, the servers' answers, and what is gone."""
     columns = ("key", "status", "meta_width", "meta_height", "http_status")
     status: dict[str, str] = {}
@@ -164,15 +160,14 @@ def _downloaded(directory: Path) -> Iterator[tuple[list[str], list[int | None], 
     for shard in shards(directory):
         table = read_shard(directory, shard, columns)
         keys = table["key"].to_pylist()
-        while keys and keys[-1] not in status:
-            piece = next(locked, None)
-            if piece is None:
-                raise InputError(
-                    f"{directory / LOCKFILE} lacks samples of {shard}; run the step dedup again."
-                )
+        while keys and keys[-1] not in status and (piece := next(locked, None)) is not None:
             rows = piece.to_pydict()
             status.update(zip(rows["key"], rows["status"], strict=True))
-        gone = _gone(pa.chunked_array([[status.pop(key) for key in keys]], pa.string()))
+        if not status.keys() >= set(keys):
+            raise InputError(
+                f"{directory / LOCKFILE} lacks samples of {shard}; run the step dedup again."
+            )
+        gone = _gone(pa.chunked_array([[status.pop(key) for key in keys]], pa.string())).tolist()
         width, height = (table[name].to_pylist() for name in columns[2:4])
         sides = [_range(*each) for each in zip(width, height, strict=True)]
         yield sides, table["http_status"].to_pylist(), gone

@@ -33,7 +33,10 @@ from training.laion.selection import (
     describe,
     described_part,
     digest,
+    downloaded,
+    file_digest,
     finished,
+    other_pictures,
     publish,
     write_parts,
 )
@@ -109,11 +112,9 @@ def select(config: SelectConfig, directory: Path) -> dict[str, Any]:
     if earlier is not None and earlier.get("inputs") == inputs:
         print(f"{earlier['rows']:,} rows are selected already, in {directory / SELECTED}.")
         return earlier
-    if earlier is not None and any((directory / "images").glob("*.tar")):
-        raise InputError(
-            f"{directory / 'images'} holds pictures of another selection; choose another "
-            "directory, or delete images/ and selected/."
-        )
+    pictures = any((directory / "images").glob("*.tar"))
+    if pictures and (earlier is not None or downloaded(directory) is None):
+        raise other_pictures(directory)
     print(_about(tables))
     print(f"conditions of the preset {config.preset}: {PRESETS[config.preset].source}", flush=True)
     staging = directory / STAGING
@@ -140,6 +141,8 @@ def select(config: SelectConfig, directory: Path) -> dict[str, Any]:
         if not rows:
             raise InputError("No row is left; loosen the filters.")
         write_json(manifest, staging / SELECTED / MANIFEST)
+        if pictures and downloaded(directory) != file_digest(staging / SELECTED / MANIFEST):
+            raise other_pictures(directory)
         publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

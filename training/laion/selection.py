@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from training.laion.filters import ID, hexadecimal
 SELECTED = "selected"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+OF_PLACES = ("config", "inputs")
+"""Entries of the manifest that change with where the metadata lie."""
+DOWNLOAD = "download.json"
+"""What the step download notes of the selection that images/ is of."""
 ROW_GROUP = 1 << 16
 
 
@@ -38,6 +43,31 @@ def finished(directory: Path) -> dict[str, Any] | None:
     files = [(directory / SELECTED / part["name"], part["bytes"]) for part in manifest["parts"]]
     whole = all(file.is_file() and file.stat().st_size == size for file, size in files)
     return manifest if whole else None
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what was selected, wherever it lies."""
+    values = {name: value for name, value in manifest.items() if name not in OF_PLACES}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def downloaded(directory: Path) -> str | None:
+    """sha256 of the manifest that the pictures in images/ were downloaded by, if any were."""
+    path = directory / DOWNLOAD
+    return read_json(path).get("selected") if path.is_file() else None
+
+
+def check_download(directory: Path) -> None:
+    """Raises InputError where images/ is of another selection."""
+    if downloaded(directory) not in (None, file_digest(directory / SELECTED / MANIFEST)):
+        raise other_pictures(directory)
+
+
+def other_pictures(directory: Path) -> InputError:
+    return InputError(
+        f"{directory / 'images'} holds pictures of another selection; choose another directory, or "
+        f"delete images/, selected/ and {DOWNLOAD} in it and run select and download again."
+    )
 
 
 def write_parts(
@@ -87,16 +117,21 @@ def _grouped(batches: Iterable[pa.RecordBatch], part: int, limit: int | None) ->
 def described_part(path: Path) -> dict[str, Any]:
     """What the manifest says of one file, which is on the disk thereafter."""
     sync(path)
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
     return {
         "name": path.name,
         "rows": pq.read_metadata(path).num_rows,
         "bytes": path.stat().st_size,
-        "sha256": total.hexdigest(),
+        "sha256": file_digest(path),
     }
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
 
 
 def digest(parts: list[dict[str, Any]]) -> str:

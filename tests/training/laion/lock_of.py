@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from latentdiff.data.lockfile import LOCKFILE, SCHEMA, write_lockfile
+from training.laion.selection import identity
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -62,12 +63,12 @@ def lock(
             {"filter": "width >= 512", "taken": 7, "unknown": 2, "left": len(content)},
         ],
         "unusable": {"width": 1},
+        "preset": {"name": "sd15", "source": "https://a.example/model: a score of 5 or more."},
         "metadata": [{"name": "/data/of/somebody/part-0.parquet", "bytes": 123, "family": family}],
     }
-    text = json.dumps(manifest).encode()
     (directory / "selected").mkdir(parents=True, exist_ok=True)
-    (directory / "selected" / "manifest.json").write_bytes(text)
+    (directory / "selected" / "manifest.json").write_text(json.dumps(manifest))
     table = pa.Table.from_pylist(content, SCHEMA)
-    selected = hashlib.sha256(text).hexdigest()
-    write_lockfile(directory / LOCKFILE, [table], "tiny", selected, {"latentdiff": "0.0"})
+    versions = {"latentdiff": "0.0"}
+    write_lockfile(directory / LOCKFILE, [table], "tiny", identity(manifest), versions)
     return directory

@@ -85,7 +85,7 @@ def test_the_statuses_are_counted(write: Callable[..., str]) -> None:
     assert f"Refused for that reason: {expected['opted out']}." in text
     assert f"{expected['duplicate: near']} duplicates were found" in text
     lost = sum(count for name, count in expected.items() if name in ("404", "timeout", "opted out"))
-    assert f"of these selected, {lost} could not be had" in text
+    assert f"Of those selected, {lost} could not be had" in text
 
 
 def test_the_funnel_is_the_selections(write: Callable[..., str]) -> None:
@@ -96,6 +96,7 @@ def test_the_funnel_is_the_selections(write: Callable[..., str]) -> None:
     ]
     assert "`part-0.parquet`" in text
     assert "somebody" not in text
+    assert "Preset: `sd15`. https://a.example/model: a score of 5 or more." in text
 
 
 def test_the_sizes_and_scores_are_those_of_kept_samples(write: Callable[..., str]) -> None:
@@ -277,6 +278,42 @@ def test_a_check_names_what_was_changed(
     printed = capsys.readouterr().out
     assert f"{there} {told}" in printed
     assert "tiny/height.svg" not in printed
+
+
+def test_a_check_names_the_first_line_that_differs(
+    write: Callable[..., str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = write().split("\n")
+    lines[20] = "another"
+    (folder / "tiny.md").write_text("\n".join(lines[:-9]))
+    with pytest.raises(SystemExit):
+        write(check=True)
+    assert "first in line 21:\n- another\n+ " in capsys.readouterr().out
+
+
+def test_the_lockfile_lies_beside_the_card_unless_it_is_elsewhere(
+    write: Callable[..., str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://a.example/lock.parquet"
+    write(lockfile_url=url)
+    assert not (folder / "tiny" / "lock.parquet").exists()
+    assert url in (folder / "tiny.croissant.json").read_text()
+    write()
+    copy = folder / "tiny" / "lock.parquet"
+    assert copy.read_bytes() == (tmp_path / "data" / "lock.parquet").read_bytes()
+    copy.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        write(check=True)
+    assert f"{copy} is not a copy" in capsys.readouterr().out
+
+
+def test_what_is_said_of_laion_can_be_said_otherwise(write: Callable[..., str]) -> None:
+    names = "passing_on larger labels scored_by errors self_contained confidential collectors"
+    options = {name: f"Of {name} something else." for name in names.split()}
+    text = write(**options)
+    assert all(answer in text for answer in options.values())
+    for laion in ("Links, not pictures", "other people's servers", "without a password"):
+        assert laion not in text
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ import pytest
 
 from latentdiff.data.lockfile import LOCKFILE, SCHEMA
 from tests.training.laion.lock_of import lock, rows
-from training.laion.card import CardConfig, card_files
+from training.laion.card import CardConfig, card
 from training.laion.croissant import CONTEXT
-from training.laion.facts import facts
 
 CONFIG = CardConfig(creators=("A laboratory",), published=datetime.date(2026, 11, 21), citation="x")
 
@@ -22,9 +21,8 @@ CONFIG = CardConfig(creators=("A laboratory",), published=datetime.date(2026, 11
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """The JSON-LD beside the lockfile that it describes, as they are published."""
-    path = lock(tmp_path, rows()) / "tiny.croissant.json"
-    path.write_text(card_files(CONFIG, "tiny", facts(tmp_path))["tiny.croissant.json"])
-    return path
+    card(CONFIG.model_copy(update={"folder": tmp_path}), "tiny", lock(tmp_path / "data", rows()))
+    return tmp_path / "tiny.croissant.json"
 
 
 def identifiers(node: Any) -> list[str]:
@@ -57,7 +55,9 @@ def test_what_the_specification_requires_is_there(written: Path) -> None:
     assert file["@type"] == "cr:FileObject"
     for key in ("@id", "name", "contentUrl", "encodingFormat", "sha256"):
         assert file[key], key
-    assert file["contentSize"] == f"{(written.parent / LOCKFILE).stat().st_size} B"
+    lockfile = written.parent / file["contentUrl"]
+    assert lockfile == written.parent / "tiny" / LOCKFILE
+    assert file["contentSize"] == f"{lockfile.stat().st_size} B"
     for records in content["recordSet"]:
         assert records["@type"] == "cr:RecordSet"
         for field in records["field"]:
@@ -78,7 +78,7 @@ def test_identifiers_are_unique_and_what_is_referred_to_is_defined(written: Path
 def test_every_column_of_the_file_is_a_field_of_its_type(written: Path) -> None:
     content = json.loads(written.read_text())
     fields = next(each["field"] for each in content["recordSet"] if each["@id"] == "samples")
-    there = pq.read_schema(written.parent / LOCKFILE)
+    there = pq.read_schema(written.parent / "tiny" / LOCKFILE)
     assert [field["source"]["extract"]["column"] for field in fields] == there.names
     kinds = {"int32": "Integer", "int64": "Integer", "float": "Float", "string": "Text"}
     for field, column in zip(fields, there, strict=True):
@@ -99,7 +99,7 @@ def test_mlcroissant_finds_no_fault_and_reads_the_lockfile(written: Path) -> Non
     assert not dataset.metadata.ctx.issues.warnings
     assert "pictures" in dataset.metadata.personal_sensitive_information[0]
     read = list(dataset.records("samples"))
-    expected = pq.read_table(written.parent / LOCKFILE).to_pylist()
+    expected = pq.read_table(written.parent / "tiny" / LOCKFILE).to_pylist()
     assert len(read) == len(expected) == 60
     for record, row in zip(read, expected, strict=True):
         for name, value in row.items():
@@ -114,7 +114,7 @@ def test_mlcroissant_finds_no_fault_and_reads_the_lockfile(written: Path) -> Non
 
 def test_mlcroissant_refuses_another_lockfile(written: Path) -> None:
     mlcroissant = pytest.importorskip("mlcroissant")
-    lock(written.parent, rows(59))
+    lock(written.parent / "tiny", rows(59))
     with pytest.raises(mlcroissant.GenerationError, match="Download") as raised:
         list(mlcroissant.Dataset(jsonld=str(written)).records("samples"))
     assert "hash" in str(raised.value.__cause__).lower()

@@ -5,6 +5,7 @@ number of processes, and every sample has a row.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from latentdiff.data.lockfile import check_lockfile, read_rows
 from latentdiff.errors import InputError
 from training.laion import clip_duplicates
 from training.laion import dedup as dedup_module
+from training.laion import duplicates as duplicates_module
 from training.laion.dedup import DedupConfig, dedup
-from training.laion.duplicates import alike, groups, stay
+from training.laion.duplicates import Pictures, alike, groups, stay
 
 
 def drawing(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -91,8 +93,9 @@ def statuses(directory: Path) -> list[str]:
 def test_every_sample_has_a_row_that_says_what_became_of_it(directory: Path) -> None:
     info = dedup(CONFIG, "shapes", directory)
     assert check_lockfile(directory / "lock.parquet") == info
-    manifest = (directory / "selected" / "manifest.json").read_bytes()
-    assert (info.name, info.selected) == ("shapes", hashlib.sha256(manifest).hexdigest())
+    manifest = json.loads((directory / "selected" / "manifest.json").read_bytes())
+    selected = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    assert (info.name, info.selected) == ("shapes", selected)
     found = rows(directory)
     assert [row["status"] for row in found] == EXPECTED
     assert [row["key"] for row in found] == [f"{n // 4:05d}{n % 4}" for n in range(10)]
@@ -183,6 +186,67 @@ def test_what_is_missing_is_said(directory: Path) -> None:
         dedup(CONFIG, "shapes", directory)
 
 
+def test_pictures_of_another_selection_are_refused(directory: Path) -> None:
+    record, manifest = directory / "download.json", directory / "selected" / "manifest.json"
+    record.write_text(json.dumps({"selected": hashlib.sha256(manifest.read_bytes()).hexdigest()}))
+    dedup(CONFIG, "shapes", directory)
+    record.write_text(json.dumps({"selected": "0" * 64}))
+    with pytest.raises(InputError, match="pictures of another selection"):
+        dedup(CONFIG, "shapes", directory)
+
+
+def test_where_the_metadata_lay_changes_no_byte(directory: Path, tmp_path: Path) -> None:
+    manifest = directory / "selected" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    made = []
+    for place in ("a", "b"):
+        there = tmp_path / place
+        shutil.copytree(directory / "images", there / "images")
+        (there / "selected").mkdir()
+        config = {"metadata": [f"/{place}/*.parquet"]}
+        changed = {**values, "config": config, "inputs": place}
+        (there / "selected" / "manifest.json").write_text(json.dumps(changed))
+        dedup(CONFIG, "shapes", there)
+        made.append((there / "lock.parquet").read_bytes())
+    assert made[0] == made[1]
+
+
+def test_candidates_are_measured_block_by_block(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dedup(CONFIG, "shapes", directory)
+    before = (directory / "lock.parquet").read_bytes()
+    blocks: list[int] = []
+    real = duplicates_module._differences
+
+    def counted(pictures: Any, pairs: np.ndarray, *rest: Any) -> np.ndarray:
+        blocks.append(len(pairs))
+        return real(pictures, pairs, *rest)
+
+    monkeypatch.setattr(duplicates_module, "_differences", counted)
+    monkeypatch.setattr(duplicates_module, "MANY", 0)
+    dedup(CONFIG, "shapes", directory)
+    assert len(blocks) > 1
+    assert (directory / "lock.parquet").read_bytes() == before
+
+
+def test_pictures_that_share_the_hash_of_a_view_are_of_one_split() -> None:
+    count = 40
+    pictures = Pictures(
+        shard=np.zeros(count, int),
+        row=np.arange(count),
+        sha256=np.array([hashlib.sha256(bytes([n])).digest() for n in range(count)], "S32"),
+        size=np.full((count, 2), 64),
+        hashes=np.stack([np.arange(count), 1000 + np.arange(count) // 2], 1).astype(np.uint64),
+        aspects=np.zeros((count, 2), np.float32),
+        taken=np.zeros(count, bool),
+    )
+    none = np.empty((0, 2), np.int64)
+    held_out = dedup_module._validation(DedupConfig(validation_share=0.5), pictures, none)
+    assert (held_out[::2] == held_out[1::2]).all()
+    assert 0 < held_out.sum() < count
+
+
 def test_a_download_of_nothing_has_a_lockfile_too(tmp_path: Path) -> None:
     lay_out(tmp_path, [(None, {"error_message": "404"})] * 3)
     assert dedup(CONFIG, "gone", tmp_path).rows == 3
@@ -202,6 +266,17 @@ def test_what_is_taken_down_takes_its_copies_along(directory: Path, name: str) -
     expected = list(EXPECTED)
     expected[1] = expected[4] = "taken down"
     assert statuses(directory) == expected
+
+
+def test_what_is_too_small_takes_its_larger_copies_along(tmp_path: Path) -> None:
+    small = drawing(0).resize((80, 60), Image.Resampling.BOX)
+    lay_out(tmp_path, [(jpeg(each, 90), {}) for each in (small, drawing(0), drawing(1))])
+    config = DedupConfig(min_side=64, validation_share=0)
+    dedup(config, "shapes", tmp_path)
+    assert statuses(tmp_path) == ["too small", "kept", "kept"]
+    (tmp_path / "list.txt").write_text(rows(tmp_path)[0]["sha256"])
+    dedup(config.model_copy(update={"takedown": (tmp_path / "list.txt",)}), "shapes", tmp_path)
+    assert statuses(tmp_path) == ["taken down", "taken down", "kept"]
 
 
 # Planted copies
@@ -283,8 +358,6 @@ def test_like_embeddings_are_found_in_blocks() -> None:
 @pytest.fixture
 def tiny_clip(tmp_path: Path) -> Path:
     """A small CLIP model that open_clip knows as tiny-clip, and its random weights."""
-    import json
-
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -315,6 +388,7 @@ def test_clip_finds_what_looks_alike_to_it(directory: Path, tiny_clip: Path) -> 
     keys = ["000000", "000001", "000010"]
     vectors = clip_duplicates.embed(directory, keys, "tiny-clip", tiny_clip, 2)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert not len(clip_duplicates.embed(directory, [], "tiny-clip", tiny_clip, 2))
     alone = clip_duplicates.embed(directory, keys[2:], "tiny-clip", tiny_clip, 2)
     np.testing.assert_allclose(alone[0], vectors[2], rtol=1e-4, atol=1e-6)
     options = {"clip_model": "tiny-clip", "clip_weights": tiny_clip}

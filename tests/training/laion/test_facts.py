@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from latentdiff.data.lockfile import SCHEMA
 from latentdiff.errors import InputError
 from tests.training.laion.lock_of import lock, row, rows
+from training.laion import facts as facts_module
 from training.laion.facts import SCORES, facts, hosts, words
 
 
@@ -29,8 +30,8 @@ def test_counts_are_those_of_the_rows(tmp_path: Path) -> None:
     assert about["split"] == Counter(r["split"] for r in kept)
     assert about["format"] == Counter(r["format"] for r in kept)
     assert about["nsfw"] == {"unknown": 150}
-    assert about["domains"] == 3
-    assert about["commonest_domains"] == Counter(urlsplit(r["url"]).hostname for r in kept)
+    assert found["domains"] == 3
+    assert about["domain"] == Counter(urlsplit(r["url"]).hostname for r in kept)
     for name in ("sha256", "status", "opt_out", *SCORES):
         assert about["carried"][name] == sum(r.get(name) is not None for r in kept)
     assert found["distinct_captions"] == len({r["caption"] for r in kept})
@@ -88,10 +89,10 @@ def test_words_are_parted_by_white_space(captions: list[str]) -> None:
         ("http://user@a.example/x@y", "a.example"),
         ("http://[2001:db8::1]:80/x", "[2001:db8::1]"),
         ("https://a.example?q", "a.example"),
-        ("nonsense", None),
+        ("nonsense", "unknown"),
     ],
 )
-def test_hosts(url: str, host: str | None) -> None:
+def test_hosts(url: str, host: str) -> None:
     assert hosts(pa.chunked_array([[url]])).to_pylist() == [host]
 
 
@@ -100,10 +101,32 @@ def test_what_crosses_the_split_is_counted(tmp_path: Path) -> None:
     clean = facts(lock(tmp_path, content))
     assert clean["in_both_splits"] == {"sha256": 0, "phash": 0}
     content[12]["sha256"], content[13]["phash"] = content[3]["sha256"], content[4]["phash"]
-    content[14]["phash"] = content[4]["phash"]
+    near = int(content[4]["phash"], 16)
+    content[14]["phash"], content[15]["phash"] = f"{near ^ 0x8001_0000_0001:016x}", "0" * 16
+    content[5]["phash"] = f"{0x1001_0001_0001:016x}"  # four bits from it
     leaking = facts(lock(tmp_path, content))
     assert leaking["in_both_splits"] == {"sha256": 1, "phash": 2}
     assert leaking["distinct_pictures"] == 19
+
+
+def test_of_names_without_number_the_commonest_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts_module, "NAMED", 3)
+    names = ["a"] * 9 + ["b"] * 7 + ["c"] * 5 + ["d"] * 4 + ["e"] * 2
+    urls = [f"https://{name}.example/{number}" for number, name in enumerate(names)]
+    values = zip(names, urls, strict=True)
+    content = [row(n, license=name, language=name, url=url) for n, (name, url) in enumerate(values)]
+    found = facts(lock(tmp_path, content))
+    expected = {"a": 9, "b": 7, "others": 6, "c": 5}
+    for column in ("license", "language", "domain"):
+        counts = found["kept"][column]
+        assert {name.partition(".")[0]: count for name, count in counts.items()} == expected
+    assert found["domains"] == 5
+    counts = Counter(names)
+    monkeypatch.setattr(facts_module, "COUNTED", 2)
+    facts_module._bounded(counts)
+    assert counts == {"a": 9, "b": 7, "others": 11}
 
 
 def test_nothing_kept_has_no_numbers(tmp_path: Path) -> None:
@@ -130,7 +153,9 @@ def test_they_are_a_function_of_the_files(tmp_path: Path) -> None:
 def test_the_selection_must_be_the_lockfiles(tmp_path: Path) -> None:
     directory = lock(tmp_path, rows())
     manifest = directory / "selected" / "manifest.json"
-    manifest.write_text(manifest.read_text() + "\n")
+    manifest.write_text(manifest.read_text().replace("/data/of/somebody/*", "/moved/*"))
+    facts(directory)  # the same, wherever it lies
+    manifest.write_text(manifest.read_text().replace('"taken": 7', '"taken": 8'))
     with pytest.raises(InputError, match="not the selection"):
         facts(directory)
     manifest.unlink()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from latentdiff.errors import InputError
 from training.laion.columns import METADATA
 from training.laion.filters import ID, FiltersConfig, Sieve, hexadecimal
-from training.laion.lists import host, read_domains
+from training.laion.lists import host, read_domains, read_takedown
 from training.laion.presets import PRESETS, resolved
 
 ROW: dict[str, Any] = {
@@ -130,6 +130,28 @@ def test_a_list_that_is_no_list_is_refused(tmp_path: Path) -> None:
         Sieve(FiltersConfig(domains_denied=listed))
     with pytest.raises(InputError, match=r"line 2"):
         Sieve(FiltersConfig(takedown=(listed,)))
+
+
+def test_a_list_meets_batches_of_which_nothing_is_left_and_rows_without_a_url(
+    tmp_path: Path,
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"host3.example\nhttps://a.example/1\n{2:064x}\n", encoding="utf-8")
+    assert kept(FiltersConfig(min_width=641, takedown=(listed,)), {}, {}) == []
+    for filters in ({"domains_allowed": ("example.com",)}, {"domains_denied": ("b.example",)}):
+        assert kept(FiltersConfig(**filters), {"url": None}, {}) == [1]
+
+
+def test_lists_may_begin_with_a_mark_and_have_comments_behind_entries(tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    text = "a.example.com # asked for\nhttps://b.example/#top\t# a fragment\n  000000012 #\n"
+    listed.write_text("\ufeff" + text, encoding="utf-8")
+    found = read_takedown((listed,))
+    assert found.domains.hold("https://a.example.com/1.jpg")
+    assert (found.urls, found.keys) == ({"https://b.example/#top"}, {"000000012"})
+    listed.write_text("https://a.example/1 https://a.example/2\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 1: .* white space"):
+        read_takedown((listed,))
 
 
 def identifier(url: str, caption: str) -> str:

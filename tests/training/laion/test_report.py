@@ -12,7 +12,10 @@ from PIL import Image
 
 from benchmarks.laion_dedup import jpeg, lay_out
 from latentdiff.errors import InputError
+from tests.training.laion.lock_of import lock, row
 from training.laion.dedup import DedupConfig, dedup
+from training.laion.download import REASONS
+from training.laion.outcomes import GONE, HAD
 from training.laion.report import report
 
 
@@ -50,26 +53,27 @@ def test_everything_is_counted(directory: Path, capsys: pytest.CaptureFixture[st
     values = report(directory)
     assert values == json.loads((directory / "report" / "rot.json").read_text())
     assert (values["name"], values["lockfile"]) == ("rotten", info.digest)
-    assert (values["samples"], values["gone"], values["hash_mismatches"]) == (8, 5, 1)
-    assert values["gone_by_reason"] == {"404": 2, "hash mismatch": 1, "scheme": 1, "timeout": 1}
-    assert values["status"] == {"kept": 2, "duplicate: exact": 1, **values["gone_by_reason"]}
+    assert (values["samples"], values["gone"], values["hash_mismatches"]) == (8, 3, 1)
+    gone, refused = {"404": 2, "timeout": 1}, {"hash mismatch": 1, "scheme": 1}
+    assert (values["gone_by_reason"], values["refused_by_reason"]) == (gone, refused)
+    assert values["status"] == {"kept": 2, "duplicate: exact": 1, **gone, **refused}
     assert values["http_status"] == {"200": 4, "404": 2}
     assert values["by_domain"] == {
         "a.example": {"samples": 4, "gone": 1},
-        "b.example": {"samples": 2, "gone": 2},
+        "b.example": {"samples": 2, "gone": 1},
         "c.example": {"samples": 1, "gone": 1},
-        "unknown": {"samples": 1, "gone": 1},
+        "unknown": {"samples": 1, "gone": 0},
     }
     assert values["by_shorter_side"] == {
         "below 128": {"samples": 1, "gone": 0},
         "128 to 255": {"samples": 3, "gone": 1},
         "512 to 1023": {"samples": 1, "gone": 1},
-        "from 2048": {"samples": 2, "gone": 2},
-        "unknown": {"samples": 1, "gone": 1},
+        "from 2048": {"samples": 2, "gone": 1},
+        "unknown": {"samples": 1, "gone": 0},
     }
     text = (directory / "report" / "rot.txt").read_text()
     assert capsys.readouterr().out == text
-    assert text.startswith("5 of 8 samples (62.5%) are gone or not as described; 1 are another")
+    assert text.startswith("3 of 8 samples (37.5%) are gone. 2 were refused, 1 of them because")
     assert "\x1b" not in text
 
 
@@ -93,3 +97,11 @@ def test_it_needs_the_lockfile_of_these_pictures(
     (other / "lock.parquet").rename(directory / "lock.parquet")
     with pytest.raises(InputError, match="lacks samples of 00001; run the step dedup"):
         report(directory)
+    lock(directory, [row(n, "404", key=f"{n // 3:05d}{n % 3}") for n in range(1, 8)])
+    with pytest.raises(InputError, match="lacks samples of 00000"):
+        report(directory)
+
+
+def test_every_reason_is_gone_refused_or_had() -> None:
+    assert set(GONE) <= set(REASONS)
+    assert not set(HAD) & set(REASONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,17 @@ def test_what_changed_makes_it_anew_unless_pictures_are_there(
     with pytest.raises(InputError, match="pictures of another selection"):
         select.select(asked, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out" / "selected")
+    with pytest.raises(InputError, match="pictures of another selection"):
+        select.select(asked, tmp_path / "out")  # nobody knows of which
+    record = {"selected": hashlib.sha256(before["manifest.json"]).hexdigest()}
+    (tmp_path / "out" / "download.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="pictures of another selection"):
+        select.select(asked, tmp_path / "out")
+    assert not (tmp_path / "out" / "selected").exists()
+    gone.write_text("host1.example\nhost2.example\n", encoding="utf-8")
+    select.select(asked, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_selection_that_lost_a_file_is_none(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -251,7 +263,7 @@ def test_filters_on_what_no_row_has_are_refused_before_anything_is_read(
 def test_the_original_laion_5b_is_not_read_by_accident(
     rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="withdrawn in December 2023"):
+    with pytest.raises(InputError, match="withdrew in December 2023"):
         select.select(SelectConfig(metadata=(str(tmp_path / "meta"),)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
