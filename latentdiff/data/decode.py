@@ -127,6 +127,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     return to_rgb(image, image.size)
 
 
+def forget_profiles() -> None:
+    """Free what is kept of the last pictures' colour profiles."""
+    _transform.cache_clear()
+
+
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From a colour profile to sRGB; None where there is nothing to do or it cannot be used."""

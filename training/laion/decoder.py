@@ -2,10 +2,17 @@
 
 Started by training.laion.inspection, one picture at a time: 8 bytes of length and the file come in
 on standard input, one line of JSON goes out. Whatever a picture does to a decoder, it does it here.
+
+Covered: no descriptor can be opened besides the three that are, and so no file read or written and
+nobody connected to; memory and processor time end; no privilege comes back. Not covered, should a
+decoder be made to run foreign code: system calls that need no descriptor, such as removing files by
+name, signals to processes of the same user and, for root, new processes. Run the step download as
+a user of its own, or in a container, where that matters.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import math
@@ -17,7 +24,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageCms
 
-from latentdiff.data.decode import UnreadableImage, decode
+from latentdiff.data.decode import UnreadableImage, decode, forget_profiles
 
 InspectReason = Literal[
     "not an image",
@@ -142,11 +149,31 @@ def warm() -> None:
                 pass
 
 
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+CAPABILITY_VERSION = 0x20080522
+"""linux/prctl.h and linux/capability.h."""
+
+
+def give_up_privileges() -> None:
+    """No capabilities, root's neither, and none from any program: limits cannot be raised again.
+
+    Of this thread, which is the only one. Raises OSError.
+    """
+    system = ctypes.CDLL(None, use_errno=True)
+    for capability in range(64):  # fails for who has none, and for those that do not exist
+        system.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or system.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "privileges cannot be given up")
+
+
 def confine(memory: int) -> None:
-    """No file and no socket beside the three that are open, nothing written, `memory` bytes."""
+    """No descriptor beside those that are open, nothing written, `memory` bytes, for good."""
+    give_up_privileges()
     for what, limit in (
         (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_NOFILE, 3),
+        (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),
@@ -172,6 +199,7 @@ def main() -> None:
             data = sys.stdin.buffer.read(int.from_bytes(header, "big"))
         except MemoryError:
             sys.exit(OUT_OF_MEMORY)
+        forget_profiles()
         try:
             width, height, kind = inspect(data, tuple(options["formats"]), options["max_pixels"])
             _answer({"width": width, "height": height, "format": kind})

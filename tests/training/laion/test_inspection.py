@@ -80,6 +80,20 @@ def test_what_is_accepted_decodes(
         assert picture.size == (found.width, found.height)
 
 
+def test_pictures_leave_nothing_for_the_next_one() -> None:
+    """Their colour profiles, for one, which would fill the memory."""
+    made = Inspector(InspectConfig(decode_memory=256))
+    try:
+        pid = None
+        for number in range(40):
+            found = made(hostile.profiled(bytes([number]) * (4 << 20)))
+            assert found == Inspected(None, hostile.WIDTH, hostile.HEIGHT, "JPEG"), number
+            pid = pid or made.pid
+        assert made.pid == pid
+    finally:
+        made.close()
+
+
 def test_formats_can_be_fewer() -> None:
     made = Inspector(InspectConfig(formats=("JPEG",), max_pixels=100 * 100))
     try:
@@ -195,22 +209,28 @@ def test_answers_that_make_no_sense_are_not_believed(answer: dict[str, object]) 
 
 
 CONFINED = """
-import json, os, socket
+import json, os, resource, socket, sys
 from training.laion.decoder import confine
 confine(1 << 30)
+os.close(2)
 done = []
 def attempt(name, what):
     try:
         what()
         done.append(name)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ValueError):
         pass
+for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE):
+    attempt("limit", lambda: resource.setrlimit(limit, (64, 64)))
+attempt("memory limit", lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)))
+attempt("copy", lambda: os.dup(0))
 attempt("read", lambda: open("pyproject.toml"))
 attempt("write", lambda: open("escaped", "w"))
 attempt("socket", socket.socket)
 attempt("pipe", os.pipe)
 attempt("memory", lambda: bytearray(2 << 30))
 os.write(1, json.dumps(done).encode())
+os.execv(sys.executable, [sys.executable, "-c", "print('another program')"])
 """
 
 
@@ -223,9 +243,18 @@ def test_a_decoder_reaches_nothing(tmp_path: Path) -> None:
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        check=True,
     )
     assert json.loads(done.stdout) == []
+    assert done.returncode != 0
+
+
+def test_a_decoder_has_no_privileges(inspector: Inspector) -> None:
+    inspector(CORPUS["jpeg"].data)
+    lines = Path(f"/proc/{inspector.pid}/status").read_text().splitlines()
+    values = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    assert values["NoNewPrivs"] == "1"
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(values[name], 16) == 0
 
 
 def test_the_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
