@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 from concurrent import futures
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 UNICAST = IPv6Network("2000::/3")
 """All of IPv6 that is given out to the public so far (RFC 4291, IANA's registry)."""
+FORBIDDEN = (IPv4Network("192.0.0.0/24"), IPv4Network("168.63.129.16/32"))
+"""IETF protocol assignments, where Oracle's cloud keeps its metadata, too, and which Python counts
+as global in part; Azure's WireServer."""
 NAT64 = IPv6Network("64:ff9b::/96")
 """IPv4 addresses as networks without IPv4 write them (RFC 6052)."""
 
@@ -24,7 +27,8 @@ def is_public(address: str) -> bool:
         if not inner:
             return ip in UNICAST and ip.is_global
         return all(is_public(str(one)) for one in inner)
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    forbidden = any(ip in network for network in FORBIDDEN)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or forbidden)
 
 
 def _inside(ip: IPv6Address) -> list[IPv4Address]:

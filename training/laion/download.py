@@ -23,6 +23,7 @@ from latentdiff.model_files import read_json, staged_file, write_json
 from training.laion.decoder import InspectReason
 from training.laion.fetch import FetchConfig, FetchReason
 from training.laion.inspection import InspectConfig
+from training.laion.workers import in_processes
 
 REASONS: tuple[str, ...] = tuple(
     dict.fromkeys((*get_args(FetchReason), "hash mismatch", *get_args(InspectReason)))
@@ -39,13 +40,15 @@ class DownloadConfig(FetchConfig, InspectConfig):
     """How the selected pictures are downloaded."""
 
     distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"
-    """img2dataset's. pyspark joins the session that is there; ray the cluster of RAY_ADDRESS. Their
-    machines share the directory, and have this checkout on PYTHONPATH."""
+    """Processes of this machine, or img2dataset's: pyspark joins the session that is there, ray the
+    cluster of RAY_ADDRESS. Their machines share the directory, and have this checkout on
+    PYTHONPATH."""
     processes: int = Field(default=1, gt=0)
     """Each downloads one shard at a time; as many as there are cores."""
     threads: int = Field(default=64, gt=0)
-    """Of each process: files on their way at once. A process holds at most 2 x threads x max_bytes
-    of them in memory."""
+    """Of each process: files on their way at once. A process holds at most 3 x threads x max_bytes
+    of them in memory: as many again that wait to be written, and a second copy of those that have
+    just come."""
     decoders: int = Field(default=1, gt=0)
     """Decoding processes of each process, of decode_memory each at most."""
     shard_size: int = Field(default=10_000, gt=1)
@@ -65,8 +68,10 @@ def download(config: DownloadConfig, directory: Path) -> dict[str, int]:
 
     Returns how many samples there are by outcome, "success" and REASONS, and prints it. Raises
     InputError where nothing was selected, images/ is of another selection, another process is at
-    work, img2dataset or its distributor is not installed, or shards failed for good.
+    work, img2dataset or its distributor is not installed, a worker was killed, or shards failed for
+    good.
     """
+    directory = directory.resolve()  # which workers need not be in
     selected, images = directory / "selected", directory / "images"
     parts = sorted(selected.glob("*.parquet"))
     if not parts or not (selected / "manifest.json").is_file():
@@ -92,17 +97,20 @@ def download(config: DownloadConfig, directory: Path) -> dict[str, int]:
 
 def _run(config: DownloadConfig, part: Path, images: Path, done: set[int]) -> None:
     _check_installed(config.distributor)
-    from img2dataset import distributor
-
     from training.laion.guarded import GuardedDownloader, reader
 
     columns = pq.read_schema(part).names
     (images / "_tmp").mkdir()
     source = reader(part.parent, columns, images, config.shard_size, done)
     worker = GuardedDownloader(config, images, source.column_list)
-    distribute = getattr(distributor, f"{config.distributor}_distributor")
     with _logged(images, done):
-        distribute(config.processes, worker, source, config.subjob_size, 1)
+        if config.distributor == "multiprocessing":
+            in_processes(config.processes, worker, source)
+        else:
+            from img2dataset import distributor
+
+            distribute = getattr(distributor, f"{config.distributor}_distributor")
+            distribute(config.processes, worker, source, config.subjob_size, 1)
     shutil.rmtree(images / "_tmp", ignore_errors=True)
 
 

@@ -8,7 +8,6 @@ import ssl
 import time
 from dataclasses import dataclass
 from email.message import Message
-from email.utils import parsedate_to_datetime
 from typing import Literal
 from urllib.parse import SplitResult
 
@@ -17,13 +16,14 @@ from pydantic import Field
 from latentdiff.config import Config
 from training.laion.addresses import Resolver, is_public
 from training.laion.opt_out import forbidding
-from training.laion.politeness import Politeness
+from training.laion.politeness import Closed, Politeness, retry_after
 from training.laion.sockets import Timed, left
 from training.laion.urls import PORTS, UnusableUrl, moved, port_of, split
 
 FetchReason = Literal[
     "bad url",
     "scheme",
+    "busy",
     "dns",
     "private address",
     "connection",
@@ -44,6 +44,8 @@ FetchReason = Literal[
 REDIRECTS = (301, 302, 303, 307, 308)
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which another try may do better."""
+BUSY = (429, 503)
+"""Answers that are about the host, not the file."""
 MAX_ADDRESSES = 4
 """Of one host, tried one after the other."""
 CHUNK = 1 << 16
@@ -52,7 +54,9 @@ CHUNK = 1 << 16
 class FetchConfig(Config):
     """How files are asked for, and how much may come back."""
 
-    user_agent: str = Field(default="latentdiff", min_length=1, max_length=200)
+    user_agent: str = Field(
+        default="latentdiff", pattern=r"^[!-.0-~]([ -~]*[!-~])?$", max_length=200
+    )
     """Sent to every server. Add where you can be reached: latentdiff (+https://example.org/crawl).
     What stands before the first space or slash is the name that sites address in X-Robots-Tag."""
     timeout: float = Field(default=10, gt=0)
@@ -62,16 +66,22 @@ class FetchConfig(Config):
     max_bytes: int = Field(default=16 << 20, gt=0)
     """Of one file."""
     max_redirects: int = Field(default=5, ge=0)
+    """Followed one after the other for one file."""
     retries: int = Field(default=2, ge=0)
     """After timeouts, broken connections and answers that a server gives when it is busy."""
     backoff: float = Field(default=1, ge=0)
     """Seconds before the first retry, twice as many before each further one."""
     max_retry_after: float = Field(default=60, ge=0)
-    """Seconds that a server may ask to wait (Retry-After); one that asks for more is left alone."""
+    """Seconds that a host may ask to wait (Retry-After). One that asks for more is left alone for
+    so long: its other files are "busy", without being asked for."""
+    max_busy: int = Field(default=20, gt=0)
+    """Answers 429 or 503 in a row after which a host is left alone for max_retry_after seconds."""
     per_host: int = Field(default=8, gt=0)
-    """Connections to one host at a time, of each process."""
+    """Connections to one host at a time, of a machine; divided between its processes, each of which
+    has one at least."""
     host_interval: float = Field(default=0, ge=0)
-    """Seconds between the beginnings of two requests to one host, of each process."""
+    """Seconds between the beginnings of two requests to one host, of a machine on the average; each
+    process waits as many times that as there are processes."""
     content_types: tuple[str, ...] = (
         "image/jpeg",
         "image/jpg",
@@ -131,11 +141,16 @@ class Fetcher:
     compressed; every wait has an end.
     """
 
-    def __init__(self, config: FetchConfig, threads: int = 1) -> None:
+    def __init__(
+        self, config: FetchConfig, threads: int = 1, politeness: Politeness | None = None
+    ) -> None:
+        """`politeness`: what is known of hosts already; by default nothing is."""
         self.config = config
         self.agents = (config.user_agent.replace("/", " ").split()[0].lower(), "img2dataset")
         self._resolve = Resolver(threads)
-        self._politeness = Politeness(config.per_host, config.host_interval)
+        self._politeness = politeness or Politeness(
+            config.per_host, config.host_interval, config.max_retry_after, config.max_busy
+        )
         self._tls = ssl.create_default_context()
 
     def close(self) -> None:
@@ -143,16 +158,20 @@ class Fetcher:
 
     def __call__(self, url: str) -> Fetched:
         """Never raises for anything that a URL or a server does."""
+        failed: Fetched | None = None
         for attempt in range(self.config.retries + 1):
             seen = _Seen()
             try:
                 return Fetched(None, self._follow(url, seen), **vars(seen))
             except UnusableUrl as failure:
                 return Fetched(failure.reason, **vars(seen))
+            except Closed:
+                return failed or Fetched("busy", **vars(seen))
             except _Failed as failure:
+                failed = Fetched(failure.reason, **vars(seen))
                 last = attempt == self.config.retries
                 if last or not failure.again or failure.wait > self.config.max_retry_after:
-                    return Fetched(failure.reason, **vars(seen))
+                    return failed
                 time.sleep(max(failure.wait, self.config.backoff * 2**attempt))
         raise AssertionError("unreachable")
 
@@ -188,8 +207,9 @@ class Fetcher:
 
     def _connect(self, parts: SplitResult, deadline: float) -> socket.socket:
         host, port = str(parts.hostname), port_of(parts)
+        seconds = left(deadline, self.config.timeout)
         try:
-            addresses = self._resolve(host, port, left(deadline, self.config.timeout))
+            addresses = self._resolve(host, port, seconds)
         except TimeoutError:
             raise _Failed("dns", again=True) from None
         except (OSError, UnicodeError) as error:
@@ -225,14 +245,16 @@ class Fetcher:
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
-        target = parts._replace(scheme="", netloc="").geturl() or "/"
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         request.request("GET", target, headers=headers)
         answer = request.getresponse()
         seen.http_status = answer.status
+        wait = retry_after(answer.headers) if answer.status in AGAIN else 0.0
+        self._politeness.heard(parts.netloc, wait, answer.status in BUSY)
         location = answer.headers.get("Location")
         elsewhere = answer.status in REDIRECTS and location is not None
         if not elsewhere:
-            self._check_status(answer, parts)
+            _check_status(answer.status, wait)
         seen.opt_out = forbidding(answer.headers, self.config.opt_out, self.agents) or "allowed"
         if seen.opt_out != "allowed":
             raise _Failed("opted out")
@@ -240,23 +262,6 @@ class Fetcher:
             return moved(parts, str(location))
         self._check_type(answer.headers, seen)
         return self._read(answer)
-
-    def _check_status(self, answer: http.client.HTTPResponse, parts: SplitResult) -> None:
-        match answer.status:
-            case 200:
-                return
-            case 403:
-                raise _Failed("403")
-            case 404:
-                raise _Failed("404")
-            case 410:
-                raise _Failed("410")
-            case status if status in AGAIN:
-                wait = _retry_after(answer.headers)
-                if wait <= self.config.max_retry_after:
-                    self._politeness.hold(parts.netloc, wait)
-                raise _Failed("http error", again=True, wait=wait)
-        raise _Failed("http error")
 
     def _check_type(self, headers: Message, seen: _Seen) -> None:
         seen.content_type = (
@@ -284,12 +289,14 @@ class Fetcher:
         return bytes(body)
 
 
-def _retry_after(headers: Message) -> float:
-    """Seconds that an answer asks to wait; 0 where it does not say, or not understandably."""
-    said = (headers.get("Retry-After") or "").strip()
-    if said.isdecimal():
-        return float(said[:9])
-    try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+def _check_status(status: int, wait: float) -> None:
+    match status:
+        case 200:
+            return
+        case 403:
+            raise _Failed("403")
+        case 404:
+            raise _Failed("404")
+        case 410:
+            raise _Failed("410")
+    raise _Failed("http error", again=status in AGAIN, wait=wait)

@@ -6,23 +6,18 @@ starts imports it too: on several machines this checkout must be on each one's P
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-import multiprocessing
 import os
-import queue
 import shutil
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -37,6 +32,8 @@ from img2dataset.writer import WebDatasetSampleWriter
 from latentdiff.model_files import sync
 from training.laion.fetch import Fetched, Fetcher
 from training.laion.inspection import Inspected, Inspectors
+from training.laion.politeness import shared
+from training.laion.workers import in_turn
 
 if TYPE_CHECKING:
     from training.laion.download import DownloadConfig
@@ -114,7 +111,6 @@ class GuardedDownloader(Downloader):
 
     def download_shard(self, row: tuple[int, str]) -> None:
         """Raises whatever the disk or the decoders raise; the distributor tries once more."""
-        _end_with_parent()
         began = time.time()
         shard, feather = row
         with pa.OSFile(feather) as file:
@@ -142,10 +138,18 @@ class GuardedDownloader(Downloader):
         writer = self.sample_writer_class(shard, folder, True, SHARD_DIGITS, schema, ENDING)
         statuses: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
+        config = self.config
+        politeness = shared(
+            config.processes,
+            config.per_host,
+            config.host_interval,
+            config.max_retry_after,
+            config.max_busy,
+        )
         with (
             closing(writer),
-            closing(Fetcher(self.config, self.thread_count)) as fetcher,
-            closing(Inspectors(self.config, self.config.decoders)) as inspectors,
+            closing(Fetcher(config, self.thread_count, politeness)) as fetcher,
+            closing(Inspectors(config, config.decoders)) as inspectors,
             ThreadPoolExecutor(self.thread_count) as pool,
         ):
 
@@ -198,24 +202,6 @@ def sample(
     }
 
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def in_turn(pool: Executor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
-    """Results as they come, with at most `limit` begun and not yet taken: they hold pictures."""
-    done: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
-    begun = 0
-    for item in items:
-        if begun == limit:
-            yield done.get().result()
-            begun -= 1
-        pool.submit(work, item).add_done_callback(done.put)
-        begun += 1
-    for _ in range(begun):
-        yield done.get().result()
-
-
 @contextmanager
 def _staged(shard: int, images: Path) -> Iterator[Path]:
     """A folder whose files go to `images` when the block ends well, the statistics last."""
@@ -232,16 +218,3 @@ def _staged(shard: int, images: Path) -> Iterator[Path]:
         sync(images)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@functools.cache
-def _end_with_parent() -> None:
-    """Workers of a process that was killed would write beside those of the next run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_await_end, args=(parent,), daemon=True).start()
-
-
-def _await_end(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

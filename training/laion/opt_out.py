@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from email.message import Message
 
 WITH_VALUE = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 """Directives that have a colon of their own."""
+ANOTHER = re.compile(r"[a-z]\S*")
+"""Names of agents, which what stands before a colon of a date is not: 06 Nov 2033 08."""
 MEANS = {"none": ("noindex", "nofollow")}
 """https://developers.google.com/search/docs/crawling-indexing/robots-meta-tag"""
 RESERVED = "tdm-reservation"
@@ -28,9 +31,10 @@ def _said(value: str, agents: tuple[str, ...]) -> list[str]:
     ours = True
     for part in value.lower().split(","):
         name, colon, rest = part.partition(":")
-        if colon and name.strip() not in WITH_VALUE:
-            ours = name.strip() in ("*", *agents)
-            part = rest
+        name = name.strip()
+        addressed = name in ("*", *agents)
+        if colon and name not in WITH_VALUE and (addressed or ANOTHER.fullmatch(name)):
+            ours, part = addressed, rest
         word = part.strip()
         if ours:
             words += MEANS.get(word, (word,))

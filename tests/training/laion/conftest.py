@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ class Request:
 class Web:
     """Routes by path, 404 elsewhere; every request is noted."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.routes: dict[str, Route] = {}
         self.requests: list[Request] = []
         self.closing = threading.Event()
@@ -50,8 +52,18 @@ class Web:
                 pass
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
+
+    def serve(self) -> None:
+        """serve_forever looks only now and then whether it is to end; this waits for nothing."""
+        while not self.closing.is_set():
+            try:
+                self.server.process_request(*self.server.socket.accept())
+            except OSError:  # of TLS as well
+                pass
 
     @property
     def host(self) -> str:
@@ -108,7 +120,8 @@ class Web:
 
     def close(self) -> None:
         self.closing.set()
-        self.server.shutdown()
+        self.server.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
         self.server.server_close()
 
 

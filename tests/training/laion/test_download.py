@@ -7,13 +7,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from latentdiff.errors import InputError
 from tests.training.laion import hostile
 from tests.training.laion.conftest import Web
 from training.laion import download as module
+from training.laion import workers
 from training.laion.download import REASONS, DownloadConfig, download
 
 ROOT = Path(__file__).parents[3]
@@ -61,8 +63,8 @@ def row(number: int, url: str, caption: str | None = "a picture", **others: Any)
 def settings(web: Web, **options: Any) -> DownloadConfig:
     usual = {
         "local_hosts": (web.host,),
-        "timeout": 3,
-        "deadline": 4,
+        "timeout": 2,
+        "deadline": 3,
         "retries": 0,
         "max_bytes": MAX_BYTES,
         "threads": 4,
@@ -104,8 +106,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_hostile_web(web: Web, tmp_path: Path) -> None:
-    """In processes of img2dataset's, as a user runs it, twice."""
+def test_a_hostile_web(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of their own, as a user runs it, twice."""
     expected: list[str | None] = []
     rows: list[dict[str, Any]] = []
 
@@ -145,7 +147,7 @@ def test_a_hostile_web(web: Web, tmp_path: Path) -> None:
     selection(tmp_path, rows, parts=2)
 
     config = tmp_path / "download.yaml"
-    save_yaml(settings(web, processes=2, shard_size=40), config)
+    save_yaml(settings(web, shard_size=40), config)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     command = [sys.executable, "-c", RUN, str(config), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -153,7 +155,7 @@ def test_a_hostile_web(web: Web, tmp_path: Path) -> None:
     printed = json.loads(done.stdout.splitlines()[-1])
 
     assert printed["counts"] == Counter(reason or "success" for reason in expected)
-    # Python with img2dataset, and the files on their way: 2 x threads x max_bytes. A decoder may
+    # Python with img2dataset, and the files on their way: 3 x threads x max_bytes. A decoder may
     # take more only of addresses, and of those no more than its own limit.
     assert printed["peak"] <= 700 << 20
     made = found(tmp_path)
@@ -197,99 +199,99 @@ def test_a_hostile_web(web: Web, tmp_path: Path) -> None:
 
     web.requests.clear()
     content = {path: path.read_bytes() for path in images}
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout.splitlines()[-1])["counts"] == printed["counts"]
-    assert "success" in again.stdout
+    assert download(settings(web, shard_size=40), tmp_path) == printed["counts"]
+    assert "success" in capsys.readouterr().out
     assert not web.requests
     assert {path: path.read_bytes() for path in images} == content
 
 
-# Ended at random
-
-
-def shards(config: DownloadConfig, directory: Path) -> None:
-    """All that is missing, in this process."""
-    from training.laion.guarded import GuardedDownloader, reader
-
-    images = directory / "images"
-    done = module._done(images)
-    source = reader(directory / "selected", SCHEMA.names, images, config.shard_size, done)
-    worker = GuardedDownloader(config, images, source.column_list)
-    for shard in source:
-        worker.download_shard(shard)
+# Killed at random
 
 
 def content(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
     return found(directory), members(directory)
 
 
-def test_ended_at_random_and_begun_again(web: Web, tmp_path: Path) -> None:
-    """By a kill after the n-th answer, for many n: the same rows and files in the end."""
-    victim: list[int] = []
-    answered: list[int] = [0, 0]
+def processes_of(parent: int) -> list[int]:
+    """Those that it began, but for multiprocessing's own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, above = stat.read_text().rpartition(")")[2].split()[:2]
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if int(above) == parent and state != "Z" and b"resource_tracker" not in command:
+            found.append(int(stat.parent.name))
+    return found
 
-    def serve(data: bytes, status: int) -> Any:
-        def answer(handler: BaseHTTPRequestHandler) -> None:
-            answered[0] += 1
-            if victim and answered[0] == answered[1]:
-                os.kill(victim[0], signal.SIGKILL)
-            handler.send_response(status)
-            handler.send_header("Content-Length", str(len(data)))
-            handler.end_headers()
-            handler.wfile.write(data)
 
-        return answer
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
+
+def test_killed_at_random_and_finished(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step or one of its workers, after some answers and a moment: the same rows and files."""
+    import training.laion.guarded  # noqa: F401  once, for all that fork from here
+
+    monkeypatch.setattr(workers, "START", "fork")
+    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
     rows = []
     for number in range(60):
         data = hostile.encoded(hostile.picture(seed=number), "JPEG")
-        url = web.route(f"/{number}", serve(data, 404 if number % 7 == 3 else 200))
+        url = web.add(f"/{number}", data, status=404 if number % 7 == 3 else 200)
         rows.append(row(number, url, f"number {number}"))
-    config = settings(web, shard_size=10)
-    fork = multiprocessing.get_context("fork")
+    config = settings(web, processes=2, shard_size=10)
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     for directory in (whole, ended):
         selection(directory, rows, parts=2)
-        (directory / "images" / "_tmp").mkdir(parents=True)
-    shards(config, whole)
 
-    kills = 0
-    for after in (1, 7, 12, 3, 18, 25, 9, 5, 30, 200):
-        answered[:] = [0, after]
+    def begin(directory: Path) -> multiprocessing.process.BaseProcess:
+        web.requests.clear()
         gc.collect()
-        process = fork.Process(target=shards, args=(config, ended))
+        process = fork.Process(target=download, args=(config, directory))
         process.start()
+        return process
+
+    undisturbed = begin(whole)
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    codes = []
+    for victim in ("step", "worker") * 3:
+        process = begin(ended)
         assert process.pid is not None
-        victim[:] = [process.pid]
-        process.join(120)
-        kills += process.exitcode == -signal.SIGKILL
-        victim.clear()
-        names = {path.name for path in (ended / "images").glob("*_stats.json")}
-        for name in names:  # whatever has its statistics is whole
-            pq.read_metadata(ended / "images" / name.replace("_stats.json", ".parquet"))
-    assert process.exitcode == 0
-    assert kills >= 6
+        after = chance.randrange(1, 16)
+        while len(web.requests) < after and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.2))
+        begun = processes_of(process.pid)
+        if not begun:
+            process.join()
+            break
+        with suppress(ProcessLookupError):
+            os.kill(process.pid if victim == "step" else chance.choice(begun), signal.SIGKILL)
+        process.join()
+        while any(map(runs, begun)):
+            time.sleep(0.01)
+        codes.append(process.exitcode)
+        for file in (ended / "images").glob("*_stats.json"):  # what has its statistics is whole
+            name = file.name.partition("_")[0]
+            table = pq.read_table(file.with_name(f"{name}.parquet"))
+            with tarfile.open(file.with_name(f"{name}.tar")) as archive:
+                kept = [one for one in table["status"].to_pylist() if one == "success"]
+                assert len(archive.getnames()) == 3 * len(kept)
+    assert codes[:3] == [-signal.SIGKILL, 1, -signal.SIGKILL]
+    last = begin(ended)
+    last.join()
+    assert last.exitcode == 0
+    assert not (ended / "images" / "_tmp").exists()
     assert content(ended) == content(whole)
     assert len(found(whole)) == 60
-
-
-def test_workers_end_with_the_run_that_began_them(web: Web, tmp_path: Path) -> None:
-    """Or they would write beside those of the next."""
-    selection(tmp_path, [row(number, web.silent(f"/{number}")) for number in range(4)])
-    config = tmp_path / "download.yaml"
-    save_yaml(settings(web, timeout=120, deadline=120), config)
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(config), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    while not web.requests:
-        assert process.poll() is None
-        web.closing.wait(0.05)
-    process.kill()
-    process.communicate(timeout=60)  # ends when nobody has its output open any more
 
 
 # What is refused
@@ -348,19 +350,18 @@ def test_shards_that_fail_for_good(
         download(settings(web), tmp_path)
 
 
+def test_workers_need_not_be_where_the_step_is(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection(tmp_path, [row(0, web.url("/a.jpg"))])
+    given: list[Path] = []
+    monkeypatch.setattr(module, "_run", lambda _, part, images, done: given.extend((part, images)))
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(InputError, match="1 of 1 shards failed"):
+        download(settings(web), Path(tmp_path.name))
+    assert given == [tmp_path / "selected" / "part-00000.parquet", tmp_path / "images"]
+
+
 def test_reasons_are_named_once() -> None:
     assert len(set(REASONS)) == len(REASONS)
     assert {case.reason for case in CORPUS.values()} - {None} <= set(REASONS)
-
-
-def test_results_that_wait_are_bounded() -> None:
-    """They hold pictures: no more are begun than are taken, but `limit`."""
-    from training.laion.guarded import in_turn
-
-    begun: list[int] = []
-    with ThreadPoolExecutor(4) as pool:
-        taken = []
-        for result in in_turn(pool, lambda number: begun.append(number) or number, range(50), 8):
-            taken.append(result)
-            assert len(begun) <= len(taken) + 8
-    assert sorted(taken) == list(range(50))

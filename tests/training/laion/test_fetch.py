@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.training.laion.conftest import Web
 from training.laion import fetch as module
@@ -31,16 +32,21 @@ from training.laion import politeness, sockets
 from training.laion.addresses import is_public
 from training.laion.fetch import FetchConfig, Fetched, Fetcher
 from training.laion.opt_out import forbidding
-from training.laion.politeness import Politeness
+from training.laion.politeness import Closed, Politeness, shared
+from training.laion.urls import moved
 
 BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
 Fetch = Callable[..., Fetched]
 
 
+TLS = ssl.create_default_context()
+
+
 @pytest.fixture
-def fetch(web: Web) -> Iterator[Fetch]:
+def fetch(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fetch]:
     """Fetches a URL with options in place of the defaults; the web may be local."""
     made: list[Fetcher] = []
+    monkeypatch.setattr(ssl, "create_default_context", lambda: TLS)  # whose making takes long
 
     def run(url: str, **options: Any) -> Fetched:
         usual = {"timeout": 5, "backoff": 0, "retries": 0, "local_hosts": (web.host,)}
@@ -81,6 +87,31 @@ def test_what_is_asked(web: Web, fetch: Fetch) -> None:
         "Accept-Encoding": "identity",
         "Connection": "close",
     }
+
+
+def test_paths_that_begin_with_two_slashes(web: Web, fetch: Fetch) -> None:
+    asked: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.requestline)
+        handler.send_error(404)
+
+    web.route("/a.jpg", answer)  # as http.server understands it
+    fetch(web.url("//a.jpg"))
+    fetch(web.url("?b"))
+    assert asked == ["GET //a.jpg HTTP/1.1"]
+    assert web.requests[-1].path == "/?b"
+
+
+@pytest.mark.parametrize("agent", ["", " a", "a ", "a\n", "a\r\nX: y", "a\tb", "\xe4", "/", "/2"])
+def test_agents_that_are_no_header(agent: str) -> None:
+    with pytest.raises(ValidationError, match="user_agent"):
+        FetchConfig(user_agent=agent)
+
+
+@pytest.mark.parametrize("agent", ["a", "a/2", "a (+https://example.org/crawl)"])
+def test_agents(agent: str) -> None:
+    assert FetchConfig(user_agent=agent).user_agent == agent
 
 
 @pytest.mark.parametrize(
@@ -176,7 +207,7 @@ def test_silence(web: Web, fetch: Fetch) -> None:
 def test_a_slow_drip_ends_at_the_deadline(web: Web, fetch: Fetch) -> None:
     """Though no piece is late."""
     url = web.endless("/a.jpg", b"x", seconds=0.02)
-    assert fetch(url, timeout=5, deadline=0.5).reason == "timeout"
+    assert fetch(url, timeout=5, deadline=0.3).reason == "timeout"
 
 
 def test_slow_headers_end_at_the_deadline(web: Web, fetch: Fetch) -> None:
@@ -185,18 +216,31 @@ def test_slow_headers_end_at_the_deadline(web: Web, fetch: Fetch) -> None:
         while not web.closing.wait(0.02):
             handler.wfile.write(b"X")
 
-    assert fetch(web.route("/a.jpg", answer), timeout=5, deadline=0.5).reason == "timeout"
+    assert fetch(web.route("/a.jpg", answer), timeout=5, deadline=0.3).reason == "timeout"
 
 
 def test_a_drip_through_redirects_ends_at_the_deadline(web: Web, fetch: Fetch) -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        web.closing.wait(0.2)
+        web.closing.wait(0.1)
         handler.send_response(302)
         handler.send_header("Location", "/a.jpg")
         handler.end_headers()
 
     url = web.route("/a.jpg", answer)
-    assert fetch(url, deadline=0.5, max_redirects=1000).reason == "timeout"
+    assert fetch(url, deadline=0.3, max_redirects=1000).reason == "timeout"
+
+
+def test_a_deadline_between_redirects_is_no_fault_of_the_name(
+    web: Web, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any) -> str:
+        time.sleep(0.3)
+        return moved(*arguments)
+
+    monkeypatch.setattr(module, "moved", slowly)
+    url = web.redirect("/a.jpg", "/b.jpg")
+    assert fetch(url, timeout=5, deadline=0.25).reason == "timeout"
+    assert web.count("/b.jpg") == 0
 
 
 def test_names_that_take_too_long(monkeypatch: pytest.MonkeyPatch, fetch: Fetch) -> None:
@@ -317,6 +361,7 @@ PUBLIC = ["8.8.8.8", "93.184.216.34", "1.1.1.1", "2606:2800:220:1::1", "2a00:145
 PUBLIC += ["::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 NOT_PUBLIC = ["0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.9.9.9"]
 NOT_PUBLIC += ["169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.2.1"]
+NOT_PUBLIC += ["192.0.0.8", "192.0.0.9", "192.0.0.192", "168.63.129.16", "::ffff:168.63.129.16"]
 NOT_PUBLIC += ["192.168.1.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1"]
 NOT_PUBLIC += ["239.1.1.1", "240.0.0.1", "255.255.255.255"]
 NOT_PUBLIC += ["::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "fc00::1"]
@@ -337,7 +382,7 @@ def test_public_addresses(address: str) -> None:
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_addresses_that_are_not_public(address: str) -> None:
-    """IANA's special-purpose registries."""
+    """IANA's special-purpose registries, and addresses at which clouds serve their metadata."""
     assert not is_public(address)
 
 
@@ -482,11 +527,11 @@ def certificate(folder: Path) -> Path:
     return path
 
 
-def test_tls_is_verified(web: Web, tmp_path: Path) -> None:
+def test_tls_is_verified(tmp_path: Path) -> None:
     pem = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
-    web.server.socket = context.wrap_socket(web.server.socket, server_side=True)
+    web = Web(context)
     web.add("/a.jpg", BODY)
     host = web.host.replace("127.0.0.1", "localhost")
     fetcher = Fetcher(FetchConfig(local_hosts=(host,), retries=0, timeout=5))
@@ -497,6 +542,7 @@ def test_tls_is_verified(web: Web, tmp_path: Path) -> None:
         assert web.requests[-1].headers["Host"] == host
     finally:
         fetcher.close()
+        web.close()
 
 
 # Opting out
@@ -531,6 +577,10 @@ DIRECTIVES = FetchConfig().opt_out
         (["noindex, otherbot: nofollow"], "noindex"),
         (["otherbot: nofollow", "noai"], "noai"),
         (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "noai"),
+        (["unavailable_after: Sun, 06 Nov 2033 08:49:37 GMT, noai"], "noai"),
+        (["unavailable_after: Sunday, 06-Nov-33 08:49:37 GMT, noai"], "noai"),
+        (["ourname: unavailable_after: Sun, 06 Nov 2033 08:49:37 GMT, noai"], "noai"),
+        (["otherbot: unavailable_after: Sun, 06 Nov 2033 08:49:37 GMT, noai"], ""),
         (["max-image-preview: large, noimageai"], "noimageai"),
         (["noarchive, nosnippet"], ""),
         (["", ",,:,"], ""),
@@ -611,12 +661,84 @@ def test_requests_to_a_host_keep_their_distance(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         politeness, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep)
     )
-    polite = Politeness(per_host=2, interval=0.5)
+    polite = Politeness(per_host=2, interval=0.5, max_wait=60, max_busy=9)
     began = []
     for host in ("a", "b", "a", "a", "b"):
         with polite(host):
             began.append((host, clock.now))
     assert began == [("a", 100.0), ("b", 100.0), ("a", 100.5), ("a", 101.0), ("b", 101.0)]
-    polite.hold("b", 7)
+    polite.heard("b", 7)
     with polite("b"):
         assert clock.now == 108.0
+
+
+def test_a_host_that_asks_for_too_much_is_left_alone(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = web.add("/a.jpg", status=503, headers=(("Retry-After", "3600"),))
+    other = web.add("/b.jpg", BODY)
+    fetcher = Fetcher(FetchConfig(retries=3, local_hosts=(web.host,)))
+    found = [fetcher(busy), fetcher(other), fetcher(busy)]
+    assert [one.reason for one in found] == ["http error", "busy", "busy"]
+    assert [one.http_status for one in found] == [503, None, None]
+    assert len(web.requests) == 1
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3601)
+    monkeypatch.setattr(politeness, "time", later)
+    assert fetcher(other).body == BODY
+    fetcher.close()
+
+
+def test_a_host_that_is_always_busy_is_left_alone(web: Web) -> None:
+    busy, gone = web.add("/a.jpg", status=429), web.add("/b.jpg", status=404)
+    fetcher = Fetcher(FetchConfig(retries=0, max_busy=3, local_hosts=(web.host,)))
+    found = [fetcher(url).reason for url in (busy, busy, gone, busy, busy, busy, gone, busy)]
+    fetcher.close()
+    assert found == [*["http error"] * 2, "404", *["http error"] * 3, "busy", "busy"]
+
+
+def test_what_was_said_in_an_earlier_try_is_why(web: Web) -> None:
+    busy = web.add("/a.jpg", status=429)
+    fetcher = Fetcher(FetchConfig(retries=5, backoff=0, max_busy=2, local_hosts=(web.host,)))
+    found = fetcher(busy)
+    fetcher.close()
+    assert (found.reason, found.http_status, len(web.requests)) == ("http error", 429, 2)
+
+
+def test_those_who_wait_for_a_host_hear_that_it_closed() -> None:
+    polite = Politeness(per_host=1, interval=0, max_wait=60, max_busy=9)
+    told = threading.Event()
+
+    def ask() -> None:
+        try:
+            with polite("a"):
+                pass
+        except Closed:
+            told.set()
+
+    with polite("a"):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        polite.heard("a", 3600)
+        assert told.wait(20)
+    thread.join()
+    with polite("b"):
+        pass
+
+
+def test_hosts_are_forgotten_but_those_that_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(politeness, "MANY", 4)
+    polite = Politeness(per_host=1, interval=0, max_wait=60, max_busy=9)
+    polite.heard("closed", 3600)
+    for number in range(100):
+        with polite(f"{number}"):
+            pass
+    assert len(polite._hosts) <= 8
+    with pytest.raises(Closed), polite("closed"):
+        pass
+
+
+def test_a_process_has_its_share_of_what_a_machine_asks() -> None:
+    one = shared(16, 40, 0.5, 60, 20)
+    assert (one.per_host, one.interval) == (2, 8.0)
+    assert shared(16, 40, 0.5, 60, 20) is one
+    assert shared(16, 4, 0.5, 60, 20).per_host == 1
