@@ -93,7 +93,11 @@ class ClipJudge:
 
 
 def ranks(similarity: Tensor) -> Tensor:
-    """How many captions are nearer to picture i than caption i, or as near: [N], 0 at best."""
+    """How many captions are nearer to picture i than caption i, or as near: [N], 0 at best.
+
+    Those whose similarity is no number are the farthest.
+    """
+    similarity = similarity.masked_fill(similarity.isnan(), -torch.inf)
     own = similarity.diagonal()[:, None]
     return (similarity >= own).sum(dim=1) - 1
 

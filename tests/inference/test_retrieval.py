@@ -44,6 +44,12 @@ def test_a_judge_that_knows_nothing_is_never_right() -> None:
     assert figures(torch.zeros(9, 9)) == {"top_1": 0.0, "top_5": 0.0, "cosine": 0.0}
 
 
+def test_what_is_no_number_comes_last() -> None:
+    similarity = torch.eye(3)
+    similarity[0, 0] = similarity[1, 2] = torch.nan
+    assert ranks(similarity).tolist() == [2, 0, 0]
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory, tokenizer_of: Any) -> Path:
     """A CLIP of 32 x 32 pixels with random weights, as training.clip leaves it."""
