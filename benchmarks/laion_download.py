@@ -5,7 +5,8 @@
 One shard by one worker process each, in turn, from one server that has nothing to do but answer;
 img2dataset decodes every picture, as we do, and keeps the files' bytes (resize_mode=no,
 skip_reencode). Core seconds are the processor time of the worker and of its decoder, the decoder's
-start included and the worker's imports not. Prints one JSON object.
+start included and the worker's imports not. Peak memory is the worker's and its decoder's together,
+each at its own peak (VmHWM). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import asyncio
 import io
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,11 +121,12 @@ def run(name: str, host: str, pictures: int, threads: int, result: Connection) -
         worker = make(images, source.column_list, host, pictures, threads)
         (shard,) = source
         before, began = processor_seconds(), time.perf_counter()
-        worker.download_shard(shard)
+        with children_watched() as children:
+            worker.download_shard(shard)
         seconds, used = time.perf_counter() - began, processor_seconds() - before
         (stats,) = images.glob("*_stats.json")
         assert json.loads(stats.read_bytes())["successes"] == pictures
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = (high_water(os.getpid()) + sum(children.values())) / 1024
     result.send(
         {
             "images_per_second": round(pictures / seconds, 1),
@@ -128,6 +134,38 @@ def run(name: str, host: str, pictures: int, threads: int, result: Connection) -
             "peak_mib": round(peak),
         }
     )
+
+
+@contextmanager
+def children_watched() -> Iterator[dict[int, int]]:
+    """The most memory that each child of this process had, in KiB, by process id."""
+    peaks: dict[int, int] = {}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                    if parent == os.getpid():
+                        pid = int(stat.parent.name)
+                        peaks[pid] = high_water(pid)
+                except (OSError, StopIteration):  # it has ended
+                    pass
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        thread.join()
+
+
+def high_water(pid: int) -> int:
+    """KiB. Raises OSError or StopIteration where the process has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
 def processor_seconds() -> float:

@@ -140,18 +140,17 @@ class Rasteriser:
         if file.stat().st_size > MAX_SVG_BYTES:
             return None
         child = self.child or self.begin()
-        child.pipe.send_bytes(json.dumps({"side": side}).encode() + b"\n" + file.read_bytes())
+        svg = file.read_bytes()
         try:
+            child.pipe.send_bytes(json.dumps({"side": side}).encode() + b"\n" + svg)
             if child.pipe.poll(DEADLINE):
                 png = child.pipe.recv_bytes()
                 return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):  # it is gone
             pass
-        else:
-            self.end()
+        except OSError:  # what it drew is no picture
             return None
-        if not child.process.is_alive():
-            self.end()
+        self.end()
         return None
 
     def begin(self) -> Child:
@@ -184,7 +183,7 @@ def draw_forever(pipe: Connection) -> None:
     while True:
         try:
             line, _, svg = pipe.recv_bytes().partition(b"\n")
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         side, png = json.loads(line)["side"], b""
         with contextlib.suppress(ValueError):

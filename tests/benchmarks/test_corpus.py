@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.corpus.behaviour import BEHAVIOURS
-from benchmarks.corpus.drawings import Drawing, describe, sprites
+from benchmarks.corpus.drawings import Drawing, Rasteriser, describe, sprites
 from benchmarks.corpus.make import TRUTH
 from benchmarks.corpus.pictures import ENCODINGS, again, encode, place
 from benchmarks.corpus.serve import served
@@ -61,6 +61,20 @@ def test_drawings_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
     assert pixels.shape[1:] == (80, 4)
     assert pixels[20, 10].tolist() == [255, 0, 0, 255]
     assert pixels[20, 70].tolist() == [0, 0, 0, 0]
+
+
+def test_a_child_that_was_killed_costs_one_drawing(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    file = tmp_path / "bar.svg"
+    file.write_text(SVG)
+    with Rasteriser() as rasteriser:
+        child = rasteriser.begin()
+        child.process.kill()
+        child.process.join()
+        assert rasteriser.draw(file, 80) is None
+        picture = rasteriser.draw(file, 80)
+    assert picture is not None
+    assert picture.width == 80
 
 
 def test_a_caption_says_nothing_twice() -> None:
