@@ -27,7 +27,7 @@ from torch import Tensor
 
 from latentdiff.config import load_config
 from latentdiff.data.order import Share
-from latentdiff.errors import run_command
+from latentdiff.errors import InputError, run_command
 from latentdiff.rng import keyed_uniform
 from training.config import DTYPES, RunConfig
 from training.diffusion import DiffusionProgram
