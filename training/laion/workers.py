@@ -41,6 +41,7 @@ def in_processes(processes: int, work: Callable[[T], tuple[bool, T]], items: Ite
     img2dataset's own pool waits forever for the shard of a process that was killed. Raises
     InputError where one was.
     """
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context(START), initializer=_end_with_parent
     )
@@ -54,6 +55,9 @@ def in_processes(processes: int, work: Callable[[T], tuple[bool, T]], items: Ite
             "step again to go on, with fewer processes or threads if it happens again."
         ) from None
     finally:
+        # None has work to lose, and one killed now would keep the others from their last message.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
         pool.shutdown(cancel_futures=True)
 
 

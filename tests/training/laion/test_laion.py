@@ -27,6 +27,7 @@ from latentdiff.data.images import SourceConfig, open_source
 from latentdiff.errors import InputError
 from training import cache_latents, clip
 from training.laion import __main__ as laion
+from training.laion import workers
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "laion" / "sprites"
 DRAWINGS = 150
@@ -48,8 +49,8 @@ class Subset:
             "directory": directory or self.root / "sprites",
             "select__metadata": self.corpus / "metadata" / "*.parquet",
             "download__local_hosts": f"['{self.server}']",
-            "download__timeout": 0.5,
-            "download__deadline": 1.5,
+            "download__timeout": 1.5,
+            "download__deadline": 2.5,
             "card__folder": self.root / "data_cards",
         }
         words = [name, "--config", str(CONFIGS / "laion.yaml")]
@@ -154,7 +155,10 @@ def test_the_training_programs_read_what_is_kept(
     assert (subset.root / "clip" / "model" / "text_encoder").is_dir()
 
 
-def test_again_from_nothing_it_is_the_same_lockfile(subset: Subset) -> None:
+def test_again_from_nothing_it_is_the_same_lockfile(
+    subset: Subset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "START", "fork")  # without img2dataset's imports
     other, metadata = subset.root / "other" / "sprites", subset.root / "other" / "metadata"
     shutil.copytree(subset.corpus / "metadata", metadata)
     with served(subset.corpus, subset.server):
