@@ -1,8 +1,9 @@
-"""What a fine-tune on ten new emoji concepts learns and what it forgets: full and LoRA.
+r"""What a fine-tune on ten new emoji concepts learns and what it forgets: full and LoRA.
 
 accelerate launch -m training.cache_latents --config configs/finetune/cache_latents.yaml
-accelerate launch -m training.diffusion --config configs/finetune/full.yaml
-accelerate launch -m training.diffusion --config configs/finetune/lora.yaml
+accelerate launch -m training.diffusion --config configs/finetune/diffusion.yaml
+accelerate launch -m training.diffusion --config configs/finetune/diffusion.yaml \
+    --run_dir runs/finetune/lora --lora.rank 32 --optimizer.learning_rate 2e-3
 python -m benchmarks.finetune
 
 Prints a Markdown table of object accuracy on single objects, before and after.
@@ -79,7 +80,7 @@ def main() -> None:
     row("real renders", real)
     bundled = TextToImage.load("emoji")
     row("before", {group: accuracy(bundled, judge, scenes) for group, scenes in groups.items()})
-    full = TextToImage.load(options.runs / "full" / "model")
+    full = TextToImage.load(options.runs / "diffusion" / "model")
     row("full", {group: accuracy(full, judge, scenes) for group, scenes in groups.items()})
     bundled.load_lora(options.runs / "lora" / "model" / "pytorch_lora_weights.safetensors")
     row("LoRA", {group: accuracy(bundled, judge, scenes) for group, scenes in groups.items()})

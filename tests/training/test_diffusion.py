@@ -380,7 +380,11 @@ def test_a_lora_of_unet_and_text_encoder(tiny_chain: Any, tmp_path: Path) -> Non
 
 def test_a_lora_on_another_base_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
-        tiny_chain.program("diffusion", seed=seed).finish(tmp_path / name, CPU)
+        base = tiny_chain.program("diffusion", seed=seed)
+        randomize(base.network.unet)
+        with torch.no_grad():
+            base.network.unet.conv_in.bias.fill_(seed)
+        base.finish(tmp_path / name, CPU)
     options = few(run_dir=tmp_path / "lora", lora__rank=2)
     tiny_chain.run("diffusion", init_from=tmp_path / "a", **options)
     with pytest.raises(InputError, match="learned from another U-Net"):
