@@ -15,7 +15,7 @@ from pydantic import Field
 from latentdiff import __version__
 from latentdiff.config import Config, parse
 from latentdiff.errors import InputError
-from latentdiff.model_files import VARIANT, read_json, weights_name, whole_weights
+from latentdiff.model_files import VARIANT, file_digest, read_json, weights_name, whole_weights
 from latentdiff.request import MAX_PROMPT_CHARACTERS, MAX_SEED
 
 FORMAT = 1
@@ -323,8 +323,4 @@ def _file_hash(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _read_hash(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)

@@ -16,22 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import Tensor
 
 from latentdiff.config import load_config
-from latentdiff.data.order import Share
 from latentdiff.errors import InputError, run_command
-from latentdiff.rng import keyed_uniform
-from training.config import DTYPES, RunConfig
+from training.check_diffusion import OF_DIFFUSION
+from training.config import RunConfig
 from training.diffusion import DiffusionProgram
 from training.faults import NotFiniteError
+from training.findings import Check, Context, Finding, judged
 from training.loop import Run, make_accelerator
 from training.monitor import Monitor, duration, peak_memory
 from training.parallel import local
@@ -40,51 +39,6 @@ PROGRAMS = ("diffusion", "autoencoder", "clip")
 
 STEPS = 3
 """Steps that are taken, the first of them untimed."""
-
-LATENTS = 64
-"""At least so many samples' latents are looked at."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a run."""
-
-    level: Literal["ok", "warning", "FAIL"]
-    sentence: str
-
-    def __str__(self) -> str:
-        return f"{self.level:>7}  {self.sentence}"
-
-
-def judged(bad: bool, sentence: str, level: Literal["warning", "FAIL"] = "FAIL") -> Finding:
-    return Finding(level if bad else "ok", sentence)
-
-
-class Context:
-    """A run as it would start, in a directory of its own.
-
-    config: what it is configured by, its own run_dir included.
-    """
-
-    def __init__(
-        self, config: RunConfig, program: Any, accelerator: Accelerator, scratch: Path
-    ) -> None:
-        self.config, self.program, self.accelerator = config, program, accelerator
-        self.share = Share(
-            accelerator.process_index, accelerator.num_processes, config.micro_batch_size
-        )
-        self.scratch = scratch
-        self.run: Run | None = None
-        """After check_step, if its steps went well."""
-        self.averages: dict[str, Tensor] = {}
-        """The EMA's before them."""
-
-    def apart(self) -> RunConfig:
-        """The same configuration, in the scratch directory and told to nobody."""
-        return self.config.model_copy(update={"run_dir": self.scratch, "trackers": ()})
-
-
-Check = Callable[[Context], Iterator[Finding]]
 
 
 def check_learning_rate(context: Context) -> Iterator[Finding]:
@@ -107,128 +61,6 @@ def check_learning_rate(context: Context) -> Iterator[Finding]:
 
 def _steps(count: int, config: RunConfig) -> str:
     return f"{count:,} steps ({count * config.batch_size:,} samples)"
-
-
-# What a run of training.diffusion learns from
-
-
-def check_order(context: Context) -> Iterator[Finding]:
-    """What each epoch takes of every bucket."""
-    config, plan = context.config, context.program.plan
-    total, taken = sum(plan.counts), plan.steps_per_epoch * config.batch_size
-    epochs = config.max_steps / plan.steps_per_epoch
-    yield judged(
-        taken < 0.9 * total,
-        f"An epoch of {plan.steps_per_epoch:,} steps takes {taken:,} of {total:,} samples, other "
-        f"ones each time; max_steps are {epochs:.3g} epochs.",
-        "warning",
-    )
-    for bucket, count in enumerate(plan.counts):
-        if bucket not in plan.filled and count:
-            yield Finding(
-                "warning",
-                f"Bucket {bucket} holds {count} samples, fewer than batch_size: none is ever seen.",
-            )
-
-
-def check_noise(context: Context) -> Iterator[Finding]:
-    """No two samples of a batch, on whatever process, have the same number or noise."""
-    with closing(context.program.batches(range(1), context.share)) as steps:
-        batches = next(steps)
-    device = context.accelerator.device
-    samples = torch.tensor([number for batch in batches for number in batch.samples])
-    noise = torch.cat([batch.draw("noise", (4,)) for batch in batches])
-    samples, noise = context.accelerator.gather((samples.to(device), noise.to(device)))
-    distinct, drawn = len(samples.unique()), len(noise.unique(dim=0))
-    count, processes = len(samples), context.accelerator.num_processes
-    yield judged(
-        distinct < count or drawn < count,
-        f"{processes} process{'es' * (processes > 1)} took {distinct} distinct samples and drew "
-        f"{drawn} distinct noises for a batch of {count}.",
-    )
-
-
-def check_captions(context: Context) -> Iterator[Finding]:
-    """Captions that the tokenizer's limit cuts; captions dropped for guidance."""
-    config, objective = context.config, context.program.config.objective
-    cache = getattr(context.program.latents, "cache", None)
-    if cache is not None:
-        share = cache.cut / max(1, len(cache))
-        yield judged(
-            share > 0.05,
-            f"{share:.1%} of the captions are longer than the {cache.key.tokens} tokens that the "
-            "text encoder reads; their ends are not learned from.",
-            "warning",
-        )
-    count, asked = 4096, objective.caption_dropout
-
-    def draw(stream: str, shape: tuple[int, ...] | None) -> Tensor:
-        return keyed_uniform(config.seed, stream, 0, range(count))
-
-    share = float(objective.dropped(draw).float().mean())
-    spread = 5 * (asked * (1 - asked) / count) ** 0.5
-    yield judged(
-        abs(share - asked) > spread,
-        f"caption_dropout is {asked:g}; of the first {count} captions {share:.1%} are dropped.",
-    )
-    if asked == 0:
-        yield Finding("warning", "No caption is dropped: classifier-free guidance will not work.")
-
-
-def check_loss_weights(context: Context) -> Iterator[Finding]:
-    """Finite and positive at each timestep."""
-    parts, objective = context.program.parts, context.program.config.objective
-    weights = objective.weights(parts.schedule, parts.parameterization)
-    wrong = (~(weights.isfinite() & (weights > 0))).nonzero().flatten().tolist()
-    if wrong:
-        yield Finding(
-            "FAIL",
-            f"The loss weighs {weights[wrong[0]]:g} at timestep {wrong[0]}, and is not finite and "
-            f"positive at {len(wrong)} of {len(weights)} timesteps.",
-        )
-    else:
-        yield Finding(
-            "ok",
-            f"The loss weighs between {weights.min():.3g} and {weights.max():.3g} at each of "
-            f"{len(weights)} timesteps.",
-        )
-
-
-@torch.no_grad()
-def check_latents(context: Context) -> Iterator[Finding]:
-    """Latents near N(0, 1) in every channel, and a VAE that is finite in the run's arithmetic."""
-    program, device = context.program, context.accelerator.device
-    autoencoder, size = program.parts.autoencoder.to(device), context.config.batch_size
-    steps = range(min(-(-LATENTS // size), program.plan.steps_per_epoch))
-    with closing(program.batches(steps, context.share)) as batches:
-        taken = [
-            batch.x0(autoencoder, device).float()
-            for micro_batches in batches
-            for batch in micro_batches
-        ]
-    values = torch.cat([x0.transpose(0, 1).flatten(1) for x0 in taken], dim=1)
-    if not values.isfinite().all():
-        yield Finding("FAIL", "Some latents are not finite; make the cache again in fp32.")
-        return
-    mean, std = values.mean(dim=1), values.std(dim=1)
-    yield judged(
-        bool((mean.abs() > 1).any() or (std < 0.5).any() or (std > 2).any()),
-        f"Latents have means from {mean.min():.2f} to {mean.max():.2f} and standard deviations "
-        f"from {std.min():.2f} to {std.max():.2f} over {len(mean)} channels; the noise schedule "
-        "is made for 0 and 1.",
-        "warning",
-    )
-    dtype = DTYPES[context.config.mixed_precision]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        picture = autoencoder.decode(taken[0][:1])
-        posterior = autoencoder.encode(picture.float())
-    finite = picture.isfinite().all() and posterior.mean.isfinite().all()
-    yield judged(
-        not bool(finite),
-        f"The VAE decodes and encodes {'finite' if finite else 'infinite'} values in "
-        f"{str(dtype).removeprefix('torch.')}.",
-        "warning",
-    )
 
 
 # What a few steps show
@@ -389,13 +221,6 @@ def _size(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-OF_DIFFUSION: tuple[Check, ...] = (
-    check_order,
-    check_captions,
-    check_loss_weights,
-    check_noise,
-    check_latents,
-)
 OF_ALL: tuple[Check, ...] = (
     check_learning_rate,
     check_step,

@@ -5,7 +5,6 @@ Staged, synced, renamed, the manifest written last; older ones go only after.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import one_line, read_json, sync, weight_shapes, write_json
+from latentdiff.model_files import file_digest, one_line, read_json, sync, weight_shapes, write_json
 from training.ema import EMA
 from training.parallel import Wrapped, agreed
 
@@ -152,7 +151,9 @@ def write(folder: Path, step: int, files: Mapping[str, Tensors], state: dict[str
         write_json(state, staged / STATE)
         for name in (*files, STATE):
             sync(staged / name)
-        write_json({name: _sha256(staged / name) for name in (*files, STATE)}, staged / MANIFEST)
+        write_json(
+            {name: file_digest(staged / name) for name in (*files, STATE)}, staged / MANIFEST
+        )
         sync(staged / MANIFEST)
         sync(staged)
         _remove(target)
@@ -282,7 +283,7 @@ def _problem(path: Path, targets: Mapping[str, Tensors]) -> str | None:
     except InputError:
         digests = {}
     for name in (*targets, STATE):
-        if not (path / name).is_file() or _sha256(path / name) != digests.get(name):
+        if not (path / name).is_file() or file_digest(path / name) != digests.get(name):
             return f"{path / name} is damaged; delete {path} to continue from the one before it."
     for name, what in (
         (NETWORK, "a network of another shape"),
@@ -297,14 +298,6 @@ def _problem(path: Path, targets: Mapping[str, Tensors]) -> str | None:
         if found != wanted:
             return f"{path} belongs to {what}; choose another run_dir."
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _bytes(tensors: Tensors) -> int:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -49,37 +45,6 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-PATIENCE = 15.0
-"""Seconds that the workers of a process which was killed may hold its run directory."""
-
-
-@contextmanager
-def alone_in(run_dir: Path) -> Iterator[None]:
-    """Inside the block no other process of this machine trains in run_dir, which is made.
-
-    Raises InputError where another does. The lock is the system's and dies with its process.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    directory, until = os.open(run_dir, os.O_RDONLY), time.monotonic() + PATIENCE
-    try:
-        while True:
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise InputError(
-                        f"Another process trains in {run_dir}; let it end, or choose another "
-                        "run_dir."
-                    ) from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(directory)
 
 
 class Agreement:

@@ -19,6 +19,7 @@ from latentdiff.config import save_yaml
 from latentdiff.data.order import Share
 from latentdiff.errors import InputError
 from latentdiff.model_files import staged_directory, staged_file
+from training.alone import alone_in
 from training.checkpoints import Checkpointer, load
 from training.config import Program, RunConfig, StepLosses
 from training.ema import EMA
@@ -27,7 +28,6 @@ from training.faults import (
     STOPPED,
     Agreement,
     Unreadable,
-    alone_in,
     report_not_finite,
     stop_on_signals,
 )

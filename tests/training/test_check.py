@@ -13,18 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from latentdiff.data.order import Plan, Share
-from latentdiff.diffusion.parameterization import PARAMETERIZATIONS
-from latentdiff.diffusion.schedule import Schedule
-from latentdiff.rng import keyed_normal
+from latentdiff.data.order import Share
 from training import check as module
 from training.check import Finding, check
 from training.config import RunConfig
 from training.diffusion import DiffusionProgram
 from training.ema import EMA
-from training.objective import ObjectiveConfig
 from training.optimizers import OptimizerConfig
 
 
@@ -69,88 +64,6 @@ def test_a_run_that_ends_before_its_warm_up_is_told_the_rate_it_reaches() -> Non
     first, second = module.check_learning_rate(context(config))
     assert (first.level, second.level) == ("warning", "warning")
     assert "0.125 at most" in second.sentence
-
-
-def test_buckets_that_fill_no_batch_are_named() -> None:
-    findings = list(
-        module.check_order(context(run_config(), plan=Plan(0, [40, 3, 0, 8], batch_size=4)))
-    )
-    assert [finding.level for finding in findings] == ["ok", "warning"]
-    assert "12 steps takes 48 of 51 samples" in findings[0].sentence
-    assert "Bucket 1 holds 3 samples" in findings[1].sentence
-    assert levels(module.check_order(context(run_config(), plan=Plan(0, [7], 4)))) == ["warning"]
-
-
-class Drawn:
-    """A micro-batch whose noise is keyed by sample, or all alike."""
-
-    def __init__(self, samples: list[int], keyed: bool = True) -> None:
-        self.samples, self.keyed = samples, keyed
-
-    def draw(self, stream: str, shape: tuple[int, ...]) -> Tensor:
-        samples = self.samples if self.keyed else [0] * len(self.samples)
-        return keyed_normal(0, stream, 0, samples, shape)
-
-
-@pytest.mark.parametrize(
-    ("batches", "level"),
-    [
-        ([Drawn([3, 1]), Drawn([2, 7])], "ok"),
-        ([Drawn([3, 1]), Drawn([1, 7])], "FAIL"),
-        ([Drawn([3, 1], keyed=False)], "FAIL"),
-    ],
-)
-def test_noise_that_comes_twice_fails(batches: list[Drawn], level: str) -> None:
-    def of_steps(steps: range, share: Share) -> Iterator[list[Drawn]]:
-        yield batches
-
-    assert levels(module.check_noise(context(run_config(), batches=of_steps))) == [level]
-
-
-@pytest.mark.parametrize(
-    ("dropout", "measured", "expected"),
-    [(0.1, 0.1, ["ok"]), (0.1, 0.0, ["FAIL"]), (0.1, 0.2, ["FAIL"]), (0, 0, ["ok", "warning"])],
-)
-def test_caption_dropout_is_measured(dropout: float, measured: float, expected: list[str]) -> None:
-    class Objective(ObjectiveConfig):
-        def dropped(self, draw: Any) -> Tensor:
-            return draw("caption", None) < measured
-
-    config = run_config(objective=Objective(caption_dropout=dropout))
-    latents = SimpleNamespace()
-    assert levels(module.check_captions(context(config, latents=latents))) == expected
-
-
-def test_captions_that_are_cut_are_counted() -> None:
-    class Cache(SimpleNamespace):
-        def __len__(self) -> int:
-            return 200
-
-    cache = Cache(cut=30, key=SimpleNamespace(tokens=77))
-    config = run_config(objective=ObjectiveConfig())
-    first, _ = module.check_captions(context(config, latents=SimpleNamespace(cache=cache)))
-    assert first.level == "warning"
-    assert "15.0% of the captions are longer than the 77 tokens" in first.sentence
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
-def test_loss_weights_must_be_finite_and_positive(bad: float) -> None:
-    class Objective(ObjectiveConfig):
-        def weights(self, schedule: Any, parameterization: Any) -> Tensor:
-            weights = super().weights(schedule, parameterization)
-            weights[-3] = bad
-            return weights
-
-    schedule = Schedule.scaled_linear(0.00085, 0.012, 1000)
-    parts = SimpleNamespace(schedule=schedule, parameterization=PARAMETERIZATIONS["epsilon"])
-    good = context(run_config(objective=ObjectiveConfig(min_snr_gamma=5)), parts=parts)
-    assert levels(module.check_loss_weights(good)) == ["ok"]
-    (finding,) = module.check_loss_weights(
-        context(run_config(objective=Objective(min_snr_gamma=5)), parts=parts)
-    )
-    assert finding.level == "FAIL"
-    assert "at timestep 997" in finding.sentence
-    assert "at 1 of 1000" in finding.sentence
 
 
 # A whole run

@@ -23,7 +23,7 @@ from latentdiff.config import load_config, load_yaml, save_yaml
 from latentdiff.data.order import Plan, Share
 from latentdiff.errors import InputError
 from latentdiff.rng import keyed_normal
-from training import faults, loop
+from training import alone, loop
 from training.config import RunConfig, StepLosses, seeded
 from training.data import planned_orders
 from training.faults import STOPPED, NotFiniteError
@@ -266,8 +266,8 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 def test_two_runs_in_one_directory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "PATIENCE", 0.1)
-    with faults.alone_in(tmp_path), pytest.raises(InputError, match=r"Another process trains in"):
+    monkeypatch.setattr(alone, "PATIENCE", 0.1)
+    with alone.alone_in(tmp_path), pytest.raises(InputError, match=r"Another process works in"):
         train(Denoising(config(tmp_path)))
     assert not os.listdir(tmp_path)
     assert train(Denoising(config(tmp_path))).finished == 1

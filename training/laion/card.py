@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 
 from latentdiff.config import Config
 from latentdiff.data.lockfile import LOCKFILE
-from latentdiff.model_files import staged_file
+from latentdiff.model_files import file_digest, staged_file
 from training.laion.croissant import croissant
 from training.laion.describe import CHARTS, describe, history_of
 from training.laion.facts import facts
 from training.laion.histograms import Histogram, drawing
-from training.laion.selection import file_digest
 
 LICENCES = {
     "apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",

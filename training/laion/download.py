@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
 import json
 import math
@@ -19,7 +17,8 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import read_json, staged_file, write_json
+from latentdiff.model_files import file_digest, read_json, staged_file, write_json
+from training.alone import alone_in
 from training.laion.decoder import InspectReason
 from training.laion.fetch import FetchConfig, FetchReason
 from training.laion.inspection import InspectConfig
@@ -33,7 +32,6 @@ MAX_SHARDS = 100_000
 """As many as names of five digits can number."""
 RECORD = "download.json"
 """Which selection images/ belongs to, beside it."""
-LOCK = ".download.lock"
 
 
 class DownloadConfig(FetchConfig, InspectConfig):
@@ -77,7 +75,7 @@ def download(config: DownloadConfig, directory: Path) -> dict[str, int]:
     if not parts or not (selected / "manifest.json").is_file():
         raise InputError(f"{selected} has no selection in it; run the step select first.")
     expected = _shards(parts, config.shard_size)
-    with _alone(directory):
+    with alone_in(directory):
         _check_record(config, directory)
         images.mkdir(exist_ok=True)
         shutil.rmtree(images / "_tmp", ignore_errors=True)
@@ -140,23 +138,10 @@ def _logged(images: Path, done: set[int]) -> Iterator[None]:
         logger.q.close()
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Raises InputError while another process downloads into the directory."""
-    with (directory / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"Another process is downloading into {directory}; wait for it, or end it."
-            ) from None
-        yield
-
-
 def _check_record(config: DownloadConfig, directory: Path) -> None:
     """Raises InputError where images/ was begun with another selection or in other shards."""
-    manifest = (directory / "selected" / "manifest.json").read_bytes()
-    record = {"selected": hashlib.sha256(manifest).hexdigest(), "shard_size": config.shard_size}
+    manifest = file_digest(directory / "selected" / "manifest.json")
+    record = {"selected": manifest, "shard_size": config.shard_size}
     path = directory / RECORD
     if path.exists() and read_json(path) != record:
         raise InputError(

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from latentdiff.data.lockfile import KEPT, LOCKFILE, SPLITS, check_lockfile, read_batches
 from latentdiff.errors import InputError
+from latentdiff.model_files import file_digest
 from training.laion.histograms import binned
 from training.laion.lists import host_of
-from training.laion.selection import SELECTED, file_digest, identity, read_manifest
+from training.laion.selection import SELECTED, identity, read_manifest
 
 SCORES = ("similarity", "punsafe", "pwatermark", "aesthetic_v1", "aesthetic_v2")
 LOGARITHMIC = ("width", "height", "shorter_side", "aspect", "bytes")

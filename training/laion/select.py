@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from latentdiff.config import Config
 from latentdiff.errors import InputError
-from latentdiff.model_files import write_json
+from latentdiff.model_files import file_digest, write_json
 from training.laion.columns import METADATA, FamilyName, Recognition, canonical, recognise
 from training.laion.distinct import Spill
 from training.laion.filters import ID, SIFTED, FiltersConfig, Sieve
@@ -34,7 +34,6 @@ from training.laion.selection import (
     described_part,
     digest,
     downloaded,
-    file_digest,
     finished,
     other_pictures,
     publish,

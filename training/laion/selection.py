@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentdiff.errors import InputError
-from latentdiff.model_files import read_json, sync
+from latentdiff.model_files import file_digest, read_json, sync
 from training.laion.columns import METADATA, SCHEMA
 from training.laion.filters import ID, hexadecimal
 
@@ -123,15 +123,6 @@ def described_part(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": file_digest(path),
     }
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
 
 
 def digest(parts: list[dict[str, Any]]) -> str:

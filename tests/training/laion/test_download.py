@@ -26,6 +26,7 @@ from latentdiff.config import save_yaml
 from latentdiff.errors import InputError
 from tests.training.laion import hostile
 from tests.training.laion.conftest import Web
+from training import alone
 from training.laion import download as module
 from training.laion import workers
 from training.laion.download import REASONS, DownloadConfig, download
@@ -193,7 +194,7 @@ def test_a_hostile_web(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[s
         for shard in range(2)
         for ending in (".tar", ".parquet", "_stats.json")
     }
-    own = {tmp_path / module.RECORD, tmp_path / module.LOCK}
+    own = {tmp_path / module.RECORD}
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before | images | own
     assert not list(tmp_path.parent.glob("**/escaped*"))
 
@@ -312,9 +313,10 @@ def test_another_selection_or_other_shards(web: Web, tmp_path: Path) -> None:
         download(settings(web), tmp_path)
 
 
-def test_two_at_a_time(web: Web, tmp_path: Path) -> None:
+def test_two_at_a_time(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "PATIENCE", 0.1)
     selection(tmp_path, [row(0, web.url("/a.jpg"))])
-    with module._alone(tmp_path), pytest.raises(InputError, match="Another process"):
+    with alone.alone_in(tmp_path), pytest.raises(InputError, match="Another process"):
         download(settings(web), tmp_path)
 
 
