@@ -23,10 +23,6 @@ from training.ema import EMA
 from training.optimizers import OptimizerConfig
 
 
-def levels(findings: Iterator[Finding]) -> list[str]:
-    return [finding.level for finding in findings]
-
-
 def context(config: RunConfig, **program: Any) -> Any:
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, gather=lambda values: values
