@@ -61,10 +61,10 @@ class Adafactor(torch.optim.Optimizer):
             update = ((gradient.flatten(1) * rows) * columns).view(gradient.shape)
         else:
             update = gradient * _average(state, "square", squares, beta2).rsqrt()
-        size = whole(torch.linalg.vector_norm(update)).item() / math.sqrt(update.numel())
-        rate = group["lr"]
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.add_(update, alpha=-rate / max(1.0, size / THRESHOLD))
+        size = whole(torch.linalg.vector_norm(update)) / math.sqrt(update.numel())
+        rate = group["lr"] / (size / THRESHOLD).clamp(min=1)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(update * _replicated(rate, gradient))
 
 
 def _average(state: dict[str, Tensor], name: str, value: Tensor, beta2: float) -> Tensor:
