@@ -206,3 +206,16 @@ def test_each_attempt_finds_another_substitute(
 
 def test_substitutes_differ_between_epochs() -> None:
     assert len({substitute(0, epoch, 5, 0, 0, 1000) for epoch in range(50)}) > 40
+
+
+def test_the_order_is_what_it_was_when_runs_began_with_it() -> None:
+    """A checkpoint says how many steps were taken, not which samples: the order never changes."""
+    plan = Plan(7, [21, 34, 13], 4, 5, 2)
+    taken = {step: plan.batch(step) for step in (0, 1, 16, 10**6)}
+    assert {step: (b.epoch, b.bucket, b.samples.tolist()) for step, b in taken.items()} == {
+        0: (0, 2, [56, 58, 59, 62]),
+        1: (0, 0, [13, 14, 20, 11]),
+        16: (1, 1, [31, 36, 30, 38]),
+        10**6: (62500, 0, [8, 3, 10, 15]),
+    }
+    assert [substitute(7, 2, 5, attempt, 0, 50) for attempt in (1, 2, 3)] == [24, 8, 15]
