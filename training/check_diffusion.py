@@ -55,15 +55,13 @@ def check_noise(context: Context) -> Iterator[Finding]:
 def check_captions(context: Context) -> Iterator[Finding]:
     """Captions that the tokenizer's limit cuts; captions dropped for guidance."""
     config, objective = context.config, context.program.config.objective
-    cache = getattr(context.program.latents, "cache", None)
-    if cache is not None:
-        share = cache.cut / max(1, len(cache))
-        yield judged(
-            share > 0.05,
-            f"{share:.1%} of the captions are longer than the {cache.key.tokens} tokens that the "
-            "text encoder reads; their ends are not learned from.",
-            "warning",
-        )
+    share, tokens = context.program.latents.cut
+    yield judged(
+        share > 0.05,
+        f"{share:.1%} of the captions are longer than the {tokens} tokens that the text encoder "
+        "reads; their ends are not learned from.",
+        "warning",
+    )
     count, asked = 4096, objective.caption_dropout
 
     def draw(stream: str, shape: tuple[int, ...] | None) -> Tensor:

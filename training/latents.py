@@ -108,6 +108,10 @@ class Latents(Protocol):
         number n of the source as -1 - n.
         """
 
+    @property
+    def cut(self) -> tuple[float, int]:
+        """Which share of the captions is longer than the text encoder's tokens; how many it has."""
+
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """The micro-batches of each step."""
 
@@ -154,6 +158,11 @@ class CachedLatents:
         """None: what could not be read is not in a cache."""
         return {}
 
+    @property
+    def cut(self) -> tuple[float, int]:
+        """As every caption was when the cache was made."""
+        return self.cache.cut / max(1, len(self.cache)), self.cache.key.tokens
+
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """Raises InputError when a shard is missing or damaged."""
         for epoch, micro_batches in orders:
@@ -192,6 +201,11 @@ class LiveLatents:
         self.unreadable: dict[int, str] = {
             -1 - row: self.listed(row, reason) for row, reason in self.images.unreadable
         }
+
+    @property
+    def cut(self) -> tuple[float, int]:
+        """As some thousand captions, evenly taken, say."""
+        return self.images.cut()
 
     def batches(self, orders: Iterable[StepOrder]) -> Generator[list[Batch], None, None]:
         """Raises InputError when no sample of a bucket can be read."""

@@ -85,6 +85,14 @@ class LiveImages:
         """The source's number of a sample, for lists of what could not be read."""
         return int(self._rows[sample])
 
+    def cut(self, most: int = 4096) -> tuple[float, int]:
+        """Which share of at most `most` evenly taken captions is longer than the tokens there are
+        for them, and how many those are.
+        """
+        rows = self._rows[np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)]
+        ids, cut = tokenize(self.tokenizers, [self.source.caption(int(row)) for row in rows])
+        return float((cut > 0).mean()), ids.shape[-1]
+
     def captions(self) -> list[str]:
         """Every caption in sample order."""
         return [self.source.caption(int(row)) for row in self._rows]

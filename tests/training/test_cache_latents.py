@@ -177,6 +177,14 @@ def test_live_images_are_numbered_as_the_cache_is(
     assert live.buckets == latents.buckets
     damaged = [sample for sample in range(len(live)) if live.source_row(sample) == 7]
     captions = live.captions()
+    assert live.cut() == (0, tokenizers[0].model_max_length)
+    lengths = [len(ids) for ids in tokenizers[0](captions)["input_ids"]]
+    tokenizers[0].model_max_length = sorted(lengths)[len(lengths) // 2]
+    longer = [length > tokenizers[0].model_max_length for length in lengths]
+    assert any(longer)
+    assert live.cut() == (np.mean(longer), tokenizers[0].model_max_length)
+    assert live.cut(most=1) == (longer[0], tokenizers[0].model_max_length)
+    tokenizers[0].model_max_length = latents.key.tokens
     readable = [sample for sample in range(len(live)) if sample not in damaged]
     assert [captions[sample] for sample in readable] == latents.captions()
     with pytest.raises(ValueError, match="damaged"):
