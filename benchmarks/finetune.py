@@ -19,12 +19,12 @@ import numpy as np
 
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
+from latentdiff.drawing import DrawingConfig, drawn
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for, shares
 from latentdiff.pipeline import TextToImage
 
 SCENES = Path("configs/finetune/scenes.yaml")
 OLD = Path("configs/emoji/scenes.yaml")
-BATCH = 10
 
 
 def asked(config: ScenesConfig, nouns: set[str], count: int) -> list[Scene]:
@@ -35,19 +35,8 @@ def asked(config: ScenesConfig, nouns: set[str], count: int) -> list[Scene]:
 
 def accuracy(model: TextToImage, judge: Judge, scenes: list[Scene]) -> dict[str, float]:
     """Shares in percent, at 25 steps of DDIM and guidance scale 4."""
-    verdicts = []
-    for first in range(0, len(scenes), BATCH):
-        some = scenes[first : first + BATCH]
-        made = model.generate(
-            [prompt_for(scene) for scene in some],
-            num_inference_steps=25,
-            guidance_scale=4.0,
-            sampler="ddim",
-            seed=list(range(first, first + len(some))),
-        )
-        assert isinstance(made, list)
-        verdicts += judge.all(map(np.asarray, made), some)
-    return shares(verdicts)
+    pictures = drawn(model, [prompt_for(scene) for scene in scenes], DrawingConfig())
+    return shares(judge.all(map(np.asarray, pictures), scenes))
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from inference.sheet import labelled_sheet
-from latentdiff.config import Config, load_config
+from latentdiff.config import load_config
 from latentdiff.data.buckets import fit
 from latentdiff.data.held_out import first_pairs
 from latentdiff.data.images import SourceConfig, open_source
+from latentdiff.drawing import DrawingConfig, drawn
 from latentdiff.errors import InputError, run_command
 from latentdiff.model_files import staged_file, write_json
 from latentdiff.models.text_encoder import TextEncoder
@@ -35,12 +36,11 @@ from latentdiff.networks import load_tokenizer
 from latentdiff.pipeline import TextToImage
 from latentdiff.vocabulary import UnknownWordWarning
 
-BATCH = 8
 SHOWN = 48
 
 
-class RetrievalConfig(Config):
-    """A run of inference.retrieval."""
+class RetrievalConfig(DrawingConfig):
+    """A run of inference.retrieval; every model draws caption i with seed + i."""
 
     run_dir: Path
     """retrieval.json and the sheets go here."""
@@ -54,14 +54,6 @@ class RetrievalConfig(Config):
     """N: of the first pictures with captions that differ."""
     device: str = "cpu"
     """Where the models run: "cpu", "cuda", "cuda:1"."""
-    seed: int = Field(default=0, ge=0)
-    """Caption i is drawn with seed + i by every model."""
-    num_inference_steps: int = Field(default=25, gt=0)
-    """Calls of the U-Net for a picture."""
-    guidance_scale: float = Field(default=4.0, ge=0)
-    """Classifier-free guidance."""
-    sampler: str = "ddim"
-    """The sampler's name."""
 
 
 class ClipJudge:
@@ -112,22 +104,11 @@ def figures(similarity: Tensor) -> dict[str, float]:
     }
 
 
-def drawn(config: RetrievalConfig, name: str, captions: list[str]) -> list[Image.Image]:
+def draw(config: RetrievalConfig, name: str, captions: list[str]) -> list[Image.Image]:
     """A picture of each caption by one of the models."""
     model = TextToImage.load(config.models[name], device=config.device)
     warnings.simplefilter("ignore", UnknownWordWarning)
-    pictures: list[Image.Image] = []
-    for first in tqdm(range(0, len(captions), BATCH), desc=name, unit="batch"):
-        made = model.generate(
-            captions[first : first + BATCH],
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            sampler=config.sampler,
-            seed=config.seed + first,
-        )
-        assert isinstance(made, list)
-        pictures += made
-    return pictures
+    return list(tqdm(drawn(model, captions, config), name, len(captions), unit="picture"))
 
 
 def beside(pictures: list[Image.Image], side: int) -> Image.Image:
@@ -151,7 +132,7 @@ def retrieve(config: RetrievalConfig) -> dict[str, Any]:
     real = [Image.fromarray(image) for image in pairs.images.permute(0, 2, 3, 1).numpy()]
     columns = {"real": real}
     for name in config.models:
-        pictures = columns[name] = drawn(config, name, captions)
+        pictures = columns[name] = draw(config, name, captions)
         similarity = judge.similarity(judge.squares(pictures), captions)
         results[name] = figures(similarity)
         frames = ["green" if place < 1 else "gray" for place in ranks(similarity)[:SHOWN].tolist()]
