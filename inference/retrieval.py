@@ -21,18 +21,16 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import CLIPModel
 
 from inference.sheet import labelled_sheet
 from latentdiff.config import load_config
-from latentdiff.data.buckets import fit
 from latentdiff.data.held_out import first_pairs
 from latentdiff.data.images import SourceConfig, open_source
 from latentdiff.drawing import DrawingConfig, drawn
-from latentdiff.errors import InputError, run_command
+from latentdiff.errors import run_command
+from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
+from latentdiff.metrics.clip_score import unit
 from latentdiff.model_files import staged_file, write_json
-from latentdiff.models.text_encoder import TextEncoder
-from latentdiff.networks import load_tokenizer
 from latentdiff.pipeline import TextToImage
 from latentdiff.vocabulary import UnknownWordWarning
 
@@ -56,32 +54,14 @@ class RetrievalConfig(DrawingConfig):
     """Where the models run: "cpu", "cuda", "cuda:1"."""
 
 
-class ClipJudge:
-    """A CLIP of training.clip.
+def similarities(clip: ClipExtractor, images: Tensor, captions: list[str]) -> Tensor:
+    """Cosine of each picture (row) with each caption (column); images uint8 [B, 3, H, W]."""
+    return torch.from_numpy(unit(clip(images)) @ unit(clip.text(captions)).T)
 
-    Raises InputError when there is no such CLIP.
-    """
 
-    def __init__(self, directory: Path) -> None:
-        if not (directory / "clip").is_dir():
-            raise InputError(f"{directory / 'clip'} is missing; train it with training.clip first.")
-        self.clip = CLIPModel.from_pretrained(directory / "clip", use_safetensors=True).eval()
-        self.side: int = self.clip.config.vision_config.image_size
-        tokenizer = load_tokenizer(directory / "tokenizer")
-        self.text = TextEncoder(tokenizer, self.clip.text_model)
-
-    @torch.inference_mode()
-    def similarity(self, images: Tensor, captions: list[str]) -> Tensor:
-        """Cosine of each picture (row) with each caption (column); images uint8 [B, 3, H, W]."""
-        pixels = images.float().div(127.5).sub(1)
-        output = self.clip(input_ids=self.text.tokenize(captions), pixel_values=pixels)
-        return output.image_embeds @ output.text_embeds.T
-
-    def squares(self, pictures: list[Image.Image]) -> Tensor:
-        """uint8 [B, 3, H, W] of the size that the CLIP sees."""
-        fitted = [fit(picture, (self.side, self.side))[0] for picture in pictures]
-        stacked = np.stack([np.array(picture) for picture in fitted])
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+def stacked(pictures: list[Image.Image]) -> Tensor:
+    """uint8 [B, 3, H, W] of pictures of one size."""
+    return torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).movedim(-1, 1)
 
 
 def ranks(similarity: Tensor) -> Tensor:
@@ -121,24 +101,24 @@ def beside(pictures: list[Image.Image], side: int) -> Image.Image:
 
 def retrieve(config: RetrievalConfig) -> dict[str, Any]:
     """All figures; see the module's text. Raises InputError for what is not there."""
-    judge = ClipJudge(config.clip)
-    pairs = first_pairs(open_source(config.source), config.captions, judge.side)
+    clip = ClipExtractor(ClipConfig(directory=config.clip))
+    pairs = first_pairs(open_source(config.source), config.captions, clip.side)
     captions, count = pairs.captions, len(pairs.captions)
     results: dict[str, Any] = {
         "captions": count,
         "chance": {"top_1": round(1 / count, 4), "top_5": round(min(5 / count, 1), 4)},
-        "real": figures(judge.similarity(pairs.images, captions)),
+        "real": figures(similarities(clip, pairs.images, captions)),
     }
     real = [Image.fromarray(image) for image in pairs.images.permute(0, 2, 3, 1).numpy()]
     columns = {"real": real}
     for name in config.models:
         pictures = columns[name] = draw(config, name, captions)
-        similarity = judge.similarity(judge.squares(pictures), captions)
+        similarity = similarities(clip, stacked(pictures), captions)
         results[name] = figures(similarity)
         frames = ["green" if place < 1 else "gray" for place in ranks(similarity)[:SHOWN].tolist()]
         page = labelled_sheet(pictures[:SHOWN], captions[:SHOWN], 8, 2, frames)
         save(page, config.run_dir / f"{name}.png")
-    rows = [beside(list(shown), 2 * judge.side) for shown in zip(*columns.values(), strict=True)]
+    rows = [beside(list(shown), 2 * clip.side) for shown in zip(*columns.values(), strict=True)]
     save(
         labelled_sheet(rows[:SHOWN], captions[:SHOWN], columns=4),
         config.run_dir / "side_by_side.png",

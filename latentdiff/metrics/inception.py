@@ -44,7 +44,8 @@ class InceptionConfig(Config):
     the environment variable LATENTDIFF_INCEPTION says, then in torch.hub's cache."""
     resize: Literal["tf_bilinear", "bicubic"] = "tf_bilinear"
     """How pictures become 299 x 299. tf_bilinear: TensorFlow 1's, which skips pixels, as in most
-    papers' figures. bicubic: Pillow's, which averages them, as in clean-fid (Parmar et al. 2022)."""
+    figures of papers. bicubic: Pillow's, which averages them, as in clean-fid (Parmar et al.,
+    2022)."""
 
 
 class InceptionExtractor:

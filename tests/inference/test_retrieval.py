@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from inference import retrieval
-from inference.retrieval import ClipJudge, RetrievalConfig, figures, ranks
+from inference.retrieval import RetrievalConfig, figures, ranks, similarities
 from latentdiff.errors import InputError
+from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
 from latentdiff.pipeline import TextToImage
 
 COUNT = 10
@@ -84,15 +85,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_similarity_is_the_cosine_of_clips_embeddings(clip: Path) -> None:
-    judge = ClipJudge(clip)
+    extractor = ClipExtractor(ClipConfig(directory=clip))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    found = judge.similarity(images, ["a fox", "a robot"])
+    found = similarities(extractor, images, ["a fox", "a robot"])
     model = CLIPModel.from_pretrained(clip / "clip").eval()
-    ids = judge.text.tokenizer(["a fox", "a robot"], padding="max_length", return_tensors="pt")
+    ids = extractor.encoder.tokenize(["a fox", "a robot"])
     with torch.no_grad():
-        output = model(input_ids=ids["input_ids"], pixel_values=images.double().float() / 127.5 - 1)
+        output = model(input_ids=ids, pixel_values=images.double().float() / 127.5 - 1)
     expected = output.logits_per_image / model.logit_scale.exp()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.float(), expected, atol=1e-5, rtol=1e-4)
 
 
 def run(run_dir: Path, clip: Path, folder: Path, models: dict[str, str]) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def test_models_are_judged_on_the_same_seeds(
     assert found["captions"] == 6
     assert found["before"] == found["after"]
     assert found["chance"] == {"top_1": 0.1667, "top_5": 0.8333}
-    model, judge = TextToImage.load(tiny_model), ClipJudge(clip)
+    model, extractor = TextToImage.load(tiny_model), ClipExtractor(ClipConfig(directory=clip))
     captions = [f"number {n}" for n in range(6)]
     pictures = [
         model.generate(caption, seed=n, num_inference_steps=2, guidance_scale=4.0, sampler="ddim")
@@ -137,14 +138,16 @@ def test_models_are_judged_on_the_same_seeds(
     ]
     halves = [picture.resize((32, 32), Image.Resampling.LANCZOS) for picture in pictures]
     images = torch.from_numpy(np.stack([np.asarray(half) for half in halves])).permute(0, 3, 1, 2)
-    assert found["before"] == pytest.approx(figures(judge.similarity(images, captions)), abs=2e-3)
+    assert found["before"] == pytest.approx(
+        figures(similarities(extractor, images, captions)), abs=2e-3
+    )
     for name in ("before", "after", "side_by_side"):
         assert Image.open(tmp_path / "run" / f"{name}.png").width > 256
 
 
-def test_a_missing_clip_is_named(tmp_path: Path) -> None:
+def test_a_missing_clip_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"clip is missing; train it with training\.clip first"):
-        ClipJudge(tmp_path)
+        run(tmp_path / "run", tmp_path / "none", folder, {"any": "emoji"})
 
 
 def test_a_model_must_be_named(tmp_path: Path) -> None:
