@@ -114,14 +114,14 @@ def find_weights(named: Path | None) -> Path:
 
 
 def load_network(path: Path) -> nn.Sequential:
-    """The network up to its last pooling, [B, 3, 299, 299] in [-1, 1] -> [B, 2048]."""
+    """torch-fidelity's network up to its last pooling, [B, 3, 299, 299] in [-1, 1] -> [B, 2048]."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise InputError(
             "Inception features need torch-fidelity; install it with pip install torch-fidelity."
         ) from None
-    # The class unpickles the file that it is given, so it is given one made here, of tensors alone.
+    # The class unpickles the file that it is given: it gets one made here, of tensors alone.
     tensors = io.BytesIO()
     torch.save(read_tensors(path), tensors)
     tensors.seek(0)
@@ -146,5 +146,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is not the published file of FID's Inception weights, whose sha256 is "
             f"{SHA256}; download it again from {URL}."
         )
-    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the restricted unpickler, the archive or the disk
+        raise InputError(f"{path} is damaged ({one_line(error)[:200]}).") from None
+    return tensors
