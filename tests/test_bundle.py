@@ -15,12 +15,15 @@ from safetensors import safe_open
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.hub import model_path
+from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
+from latentdiff.metrics.clip_score import unit
 from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = model_path(None)
+CLIP = ROOT / "latentdiff/pretrained/emoji_clip"
 PROMPT = "a fox to the left of a red apple on a blue background"
 
 
@@ -29,11 +32,18 @@ def bundle() -> TextToImage:
     return TextToImage.load()
 
 
-def test_weighs_at_most_32_megabytes_in_safetensors_alone() -> None:
-    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 32_000_000
-    assert {path.suffix for path in files} == {".json", ".txt", ".safetensors", ".md", ".png"}
-    for path in BUNDLE.rglob("*.safetensors"):
+@pytest.mark.parametrize(
+    ("folder", "most", "suffixes"),
+    [
+        (BUNDLE, 32_000_000, {".json", ".txt", ".safetensors", ".md", ".png"}),
+        (CLIP, 3_600_000, {".json", ".safetensors", ".md"}),
+    ],
+)
+def test_weights_are_few_in_safetensors_alone(folder: Path, most: int, suffixes: set[str]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= most
+    assert {path.suffix for path in files} == suffixes
+    for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 tensor = weights.get_tensor(name)
@@ -56,6 +66,23 @@ def test_card_counts_the_parameters(bundle: TextToImage) -> None:
         ("text_encoder", parts.text_encoder.model),
     ):
         assert int(rows[name].replace(",", "")) == sum(p.numel() for p in network.parameters())
+
+
+def test_clips_card_says_what_it_is_and_finds() -> None:
+    """Its parameters, and how many of 256 unseen captions and pictures find each other."""
+    card = (CLIP / "README.md").read_text("utf-8")
+    extractor = ClipExtractor(ClipConfig())
+    counts = re.findall(r"\| ([\d,]+) \|$", card, re.M)
+    parameters = sum(weight.numel() for weight in extractor.clip.parameters())
+    assert sum(int(count.replace(",", "")) for count in counts) == parameters
+    scenes = EmojiScenes(load_yaml(ScenesConfig, ROOT / "configs/emoji/scenes.yaml"), "held_out")
+    shown = [scenes.scene(index) for index in range(256)]
+    images = torch.from_numpy(np.stack([scenes.render(scene) for scene in shown])).movedim(-1, 1)
+    similarity = unit(extractor(images)) @ unit(extractor.text([s.caption for s in shown])).T
+    for axis, words in ((0, r"(\d+)% of the captions"), (1, r"(\d+)% of the\s+pictures")):
+        (share,) = re.findall(words, card)
+        found = (similarity.argmax(axis=axis) == np.arange(256)).mean()
+        assert 100 * found == pytest.approx(float(share), abs=1)
 
 
 def test_vae_keeps_unseen_scenes(bundle: TextToImage) -> None:
