@@ -32,12 +32,14 @@ def drawn(
     config: DrawingConfig,
     seeds: Sequence[int] | None = None,
     batch_size: int = BATCH,
-    **settings: int | None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Iterator[Image.Image]:
     """One picture of each prompt, in order, as soon as its batch is drawn.
 
     seeds: one for each, instead of config.seed + i. batch_size: pictures drawn together, on which
-    none depends. settings: height, width, in pixels. Raises InputError as TextToImage.generate.
+    none depends. height, width: in pixels, by default the model's. Raises InputError as
+    TextToImage.generate.
     """
     if seeds is None:
         seeds = range(config.seed, config.seed + len(prompts))
@@ -50,7 +52,8 @@ def drawn(
             guidance_scale=config.guidance_scale,
             sampler=config.sampler,
             batch_size=batch_size,
-            **settings,
+            height=height,
+            width=width,
         )
         assert isinstance(made, list)
         yield from made

@@ -63,11 +63,15 @@ def assign(width: ArrayLike, height: ArrayLike, shapes: Sequence[tuple[int, int]
     return by_area[np.abs(aspect[..., None] - aspects).argmin(axis=-1)]
 
 
-def fit(image: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, int, int]:
-    """(picture of `shape`, top, left): scaled by Lanczos's filter to cover it, its middle cut out.
+def fit(
+    image: Image.Image,
+    shape: tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> tuple[Image.Image, int, int]:
+    """(picture of `shape`, top, left): scaled to cover it, its middle cut out.
 
-    top, left: where the cut begins, in pixels of the scaled picture. Only the cut is computed,
-    however long the picture is.
+    top, left: where the cut begins, in pixels of the scaled picture. resample: Pillow's filter.
+    Only the cut is computed, however long the picture is.
     """
     (width, height), (w, h) = image.size, shape
     scale = max(w / width, h / height)
@@ -75,7 +79,7 @@ def fit(image: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, int, i
     left, top = (covering[0] - w) // 2, (covering[1] - h) // 2
     x, y = width / covering[0], height / covering[1]
     box = (left * x, top * y, min((left + w) * x, width), min((top + h) * y, height))
-    return image.resize(shape, Image.Resampling.LANCZOS, box), top, left
+    return image.resize(shape, resample, box), top, left
 
 
 def size_conditioning(

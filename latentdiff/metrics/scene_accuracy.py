@@ -21,10 +21,14 @@ class Kind:
     pairs: bool
     title: str
 
-    def scenes(self, config: ScenesConfig, count: int) -> list[Scene]:
-        """What the prompts ask for: the split's first `count` scenes of one object or of two."""
+    def source(self, config: ScenesConfig) -> EmojiScenes:
+        """The split's scenes of one object or of two."""
         share = 1.0 if self.pairs else 0.0
-        source = EmojiScenes(config.model_copy(update={"pair_share": share}), self.split)
+        return EmojiScenes(config.model_copy(update={"pair_share": share}), self.split)
+
+    def scenes(self, config: ScenesConfig, count: int) -> list[Scene]:
+        """What the prompts ask for: the first `count` of them."""
+        source = self.source(config)
         return [source.scene(index) for index in range(count)]
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from inference import evaluate
 from inference.evaluate import EvaluateConfig
-from latentdiff.config import load_yaml
+from inference.pages import sheet
+from latentdiff.config import load_yaml, save_yaml
 from latentdiff.data.scenes import (
     EmojiScenes,
     Placed,
@@ -21,10 +30,14 @@ from latentdiff.data.scenes import (
     is_held_out_pair,
 )
 from latentdiff.errors import InputError
-from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for, shares
+from latentdiff.metrics.features import TextExtractor, open_extractor
+from latentdiff.metrics.frechet import Moments, frechet_distance
+from latentdiff.metrics.protocol import Protocol
+from latentdiff.metrics.scene_accuracy import KINDS, Judge, Kind, prompt_for, shares
 from latentdiff.pipeline import TextToImage
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/protocols/tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +46,7 @@ def scenes() -> ScenesConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_lists_hold_what_their_names_say(kind: evaluate.Kind, scenes: ScenesConfig) -> None:
+def test_lists_hold_what_their_names_say(kind: Kind, scenes: ScenesConfig) -> None:
     asked = kind.scenes(scenes, 200)
     assert len(asked) == 200
     assert asked == kind.scenes(scenes, 200)
@@ -81,20 +94,148 @@ def test_shares_are_percentages(scenes: ScenesConfig) -> None:
     assert shares(verdicts) == {"objects": 66.7, "objects_in_place": 66.7, "background": 100.0}
 
 
-@pytest.mark.filterwarnings("ignore:The prompt is longer")
-def test_an_untrained_model_fails_and_real_renders_pass(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = EvaluateConfig(
-        run_dir=tmp_path / "out", model=tiny_model, prompts=3, num_inference_steps=2
-    )
-    results = evaluate.evaluate(config)
+def config(run_dir: Path, model: Path, **changes: Any) -> EvaluateConfig:
+    """Three prompts of each kind, by two steps."""
+    options = {"protocol": TINY, "prompts": 3, "num_inference_steps": 2} | changes
+    return EvaluateConfig(run_dir=run_dir, model=str(model), **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process leaves; to be read, never changed."""
+    run_dir = tmp_path_factory.mktemp("alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tiny model reads 32 characters
+        evaluate.evaluate(config(run_dir, tiny_model))
+    return run_dir
+
+
+def results_of(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "evaluation.json").read_text())
+    return found
+
+
+def test_an_untrained_model_fails_and_real_renders_pass(alone: Path) -> None:
+    results = results_of(alone)
     for kind in KINDS:
         assert results[kind.name]["real_renders"] == 100.0
         assert results[kind.name]["objects_in_place"] < 100.0
-        with Image.open(config.run_dir / f"{kind.name}.png") as page:
+        with Image.open(alone / f"{kind.name}.png") as page:
             assert page.width > 128
     assert results["vae_psnr_db"] < 15
+    assert results["prompts"] == 3
+    assert results["pictures"] == 12
+
+
+def test_pictures_and_rows_are_those_of_the_models_own_calls(
+    alone: Path, tiny: TextToImage
+) -> None:
+    """Row i is of the prompt i drawn with its seed, by the extractor that the protocol names."""
+    scenes = tiny.parts.vocabulary
+    assert scenes is not None
+    protocol = load_yaml(Protocol, TINY)
+    asked = [scene for kind in KINDS for scene in kind.scenes(scenes, 3)]
+    extractor = open_extractor(protocol.features[0])
+    assert isinstance(extractor, TextExtractor)
+    rows = {path.stem: np.load(path) for path in (alone / "drawn").glob("*.npy")}
+    for number, scene in enumerate(asked):
+        picture = tiny.generate(
+            prompt_for(scene), seed=number % 3, num_inference_steps=2, guidance_scale=4.0
+        )
+        assert isinstance(picture, Image.Image)
+        pixels = np.asarray(picture)
+        with Image.open(alone / "pictures" / f"{number:06d}.png") as kept:
+            np.testing.assert_allclose(np.asarray(kept, int), pixels, atol=1)
+            vector = extractor(torch.tensor(np.asarray(kept)).permute(2, 0, 1)[None])
+        np.testing.assert_allclose(rows["clip"][number], vector[0], rtol=1e-4, atol=1e-5)
+        words = extractor.text([prompt_for(scene)])
+        np.testing.assert_allclose(rows["clip_text"][number], words[0], rtol=1e-4, atol=1e-5)
+    assert rows["pixels"].shape == (12, 3 * 32 * 32)
+
+
+def test_figures_are_functions_of_the_rows(alone: Path) -> None:
+    found = results_of(alone)["features"]["clip"]
+    drawn, text = (np.load(alone / "drawn" / f"{name}.npy") for name in ("clip", "clip_text"))
+    (real,) = (
+        np.load(path) for path in (alone / "real").glob("*/clip.npy") if len(np.load(path)) == 24
+    )
+    assert found["frechet"] == frechet_distance(Moments.of(drawn), Moments.of(real))
+    one = frechet_distance(Moments.of(drawn[3:6]), Moments.of(real[6:12]))
+    assert found["by_group"]["one_held_out"] == one
+    cosine = (drawn * text).sum(1) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(text, axis=1)
+    assert found["clip_score"] == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-5)
+    low, high = found["clip_score_interval"]
+    assert low <= found["clip_score"] <= high
+
+
+def test_neighbours_are_training_pictures(alone: Path, tiny: TextToImage) -> None:
+    assert tiny.parts.vocabulary is not None
+    source = EmojiScenes(tiny.parts.vocabulary)
+    training = [source[row]["image"].tobytes() for row in range(12)]
+    kept = sorted((alone / "neighbours").glob("*.png"))
+    assert len(kept) == 12
+    for path in kept:
+        with Image.open(path) as picture:
+            assert np.asarray(picture).tobytes() in training
+    assert results_of(alone)["neighbours"]["pixels"]["median_distance"] > 0
+
+
+def same_figures(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """To 1e-6, which is the arithmetic of other numbers of threads."""
+    mine, theirs = (dict(shown_numbers(results)) for results in (mine, theirs))
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 20
+    for name, value in theirs.items():
+        assert mine[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+def shown_numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from shown_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def test_two_processes_are_one(tiny_model: Path, tmp_path: Path) -> None:
+    """34 pictures are two pieces: each process makes one of them."""
+    scenes = ROOT / "configs/tiny/scenes.yaml"
+    words = f"{{name: two, count: 34, prompts: {{type: scenes, kinds: [one], scenes: {scenes}}},"
+    words += "features: [{type: clip}], reference: {type: renders, count: 10}}"
+    (tmp_path / "protocol.yaml").write_text(words)
+    changes = {"protocol": tmp_path / "protocol.yaml", "prompts": None}
+    one, two = (config(tmp_path / name, tiny_model, **changes) for name in ("one", "two"))
+    evaluate.evaluate(one)
+    save_yaml(two, tmp_path / "two.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "inference.evaluate", "--config", str(tmp_path / "two.yaml")]
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == results_of(two.run_dir)
+    same_figures(results_of(two.run_dir), results_of(one.run_dir))
+    assert len(np.load(two.run_dir / "drawn" / "scenes.npy")) == 34
+
+
+@pytest.mark.filterwarnings("ignore:The prompt is longer")
+def test_a_finished_evaluation_draws_nothing(
+    alone: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "again"
+    shutil.copytree(alone, run_dir)
+    (run_dir / "evaluation.json").unlink()
+    monkeypatch.setattr(TextToImage, "generate", None)
+    evaluate.evaluate(config(run_dir, tiny_model))
+    assert results_of(run_dir) == results_of(alone)
+
+
+def test_another_evaluation_in_the_same_place_is_refused(alone: Path, tiny_model: Path) -> None:
+    before = (alone / "evaluation.json").read_bytes()
+    with pytest.raises(InputError, match=r"protocol.num_inference_steps: 2 and 3"):
+        evaluate.evaluate(config(alone, tiny_model, num_inference_steps=3))
+    assert (alone / "evaluation.json").read_bytes() == before
 
 
 def test_a_perfect_model_scores_full_marks(
@@ -109,6 +250,7 @@ def test_a_perfect_model_scores_full_marks(
     def generate(self: TextToImage, prompts: list[str], **_: object) -> list[Image.Image]:
         return [Image.fromarray(source.render(answers[prompt])) for prompt in prompts]
 
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(TextToImage, "generate", generate)
     monkeypatch.setattr(
         "sys.argv",
@@ -116,7 +258,7 @@ def test_a_perfect_model_scores_full_marks(
          str(tiny_model), "--run_dir", str(tmp_path)],
     )  # fmt: skip
     evaluate.main()
-    results = json.loads((tmp_path / "evaluation.json").read_text())
+    results = results_of(tmp_path)
     for kind in KINDS:
         assert results[kind.name]["objects_in_place"] == 100.0
         assert results[kind.name]["background"] == 100.0
@@ -127,7 +269,7 @@ def test_a_model_without_scenes_is_refused(tiny: TextToImage, tmp_path: Path) ->
     tiny.save(directory)
     (directory / "vocabulary.json").unlink()
     with pytest.raises(InputError, match=r"vocabulary\.json"):
-        evaluate.evaluate(EvaluateConfig(run_dir=tmp_path / "out", model=directory))
+        evaluate.evaluate(config(tmp_path / "out", directory))
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +279,7 @@ def test_sheet_frames_what_is_right(scenes: ScenesConfig) -> None:
     picture = source.render(fox)
     wrong = Scene((Placed("lion", 8, 8, 40),), None, "blue", "")
     verdicts = [judge(picture, fox), judge(picture, wrong)]
-    page = np.asarray(evaluate.sheet([picture, picture], ["fox", "lion"], verdicts))
+    page = np.asarray(sheet([picture, picture], ["fox", "lion"], verdicts))
     cell = page.shape[1] // 8
     left, right = page[:, :cell], page[:, cell : 2 * cell]
     green, red = np.array([0, 128, 0]), np.array([255, 0, 0])

@@ -1,0 +1,72 @@
+"""Figures of several evaluations side by side, if they compare.
+
+python -m inference.compare runs/first/evaluate runs/second/evaluate ...
+
+Prints a Markdown table with a column for each evaluation. Evaluations whose protocols have
+different ids are refused, with the first thing in which they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import InputError, run_command
+from latentdiff.metrics.protocol import refuse_unlike
+from latentdiff.model_files import read_json
+
+SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "seed")
+
+
+def read_evaluation(run_dir: Path) -> dict[str, Any]:
+    """What is in evaluation.json. Raises InputError where it is not there or has no id."""
+    results = read_json(run_dir / "evaluation.json")
+    if not {"id", "fixed", "model"} <= results.keys():
+        raise InputError(
+            f"{run_dir / 'evaluation.json'} has no protocol's id; run inference.evaluate again."
+        )
+    return results
+
+
+def shown_figures(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value with its interval) of every figure of an evaluation."""
+    intervals = results.get("intervals", {})
+    for name, value in results.items():
+        if isinstance(value, Mapping) and name not in ("fixed", "intervals"):
+            yield from shown_figures(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            ends = results.get(f"{name}_interval") or intervals.get(name)
+            between = f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
+            yield f"{prefix}{name}", f"{value:.4g}{between}"
+
+
+def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: a row for each figure, a column for each evaluation.
+
+    Raises InputError unless all have one protocol's id.
+    """
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        refuse_unlike(first, other)
+    rows = [[f"{first['protocol']} {first['id']}", *(str(e["model"]) for e in evaluations)]]
+    rows.append(["---"] * len(rows[0]))
+    for name in SETTINGS:
+        rows.append([name, *(str(e[name]) for e in evaluations)])
+    columns = [dict(shown_figures(e)) for e in evaluations]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        if name not in SETTINGS:
+            rows.append([name, *(column.get(name, "") for column in columns)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    options = parser.parse_args()
+    print(table([read_evaluation(run_dir) for run_dir in options.run_dirs]))
+
+
+if __name__ == "__main__":
+    run_command(main)

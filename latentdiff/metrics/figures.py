@@ -1,0 +1,132 @@
+"""Figures of feature arrays: pure functions of the ordered rows, computed once, on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from latentdiff.metrics.arrays import Features
+from latentdiff.metrics.bootstrap import Interval, interval, mean_interval, share_interval
+from latentdiff.metrics.clip_score import clip_scores
+from latentdiff.metrics.frechet import Moments, frechet_at_infinity, frechet_distance
+from latentdiff.metrics.kernel import cmmd, kid
+from latentdiff.metrics.manifold import prdc
+from latentdiff.metrics.neighbours import Neighbours, memorization
+
+RESAMPLES = 25
+"""Of the interval of a Frechet distance."""
+LEAST_FOR_LINE = 20
+"""Pictures, for a tenth of them to have a covariance and a line through FID against 1/N a sense."""
+NEIGHBOURS = 5
+"""k of precision, recall, density and coverage."""
+KID_SUBSET = 1000
+
+SCENE_COLUMNS = (
+    "objects",
+    "objects_in_place",
+    "background",
+    "real_renders",
+    "vae_reconstructions",
+    "psnr_db",
+)
+"""Of the rows of emoji scenes: five times 1 where right, else 0, and the VAE's PSNR."""
+
+Groups = Mapping[str, range]
+
+
+def distances(
+    drawn: np.ndarray, real: np.ndarray, drawn_groups: Groups, real_groups: Groups
+) -> dict[str, Any]:
+    """What two sets of features [N, D] and [M, D] say of their pictures, as plain values.
+
+    Keys: frechet and its 95% interval; frechet_at_infinity and frechet_points, [N, distance], of
+    which it is taken; kid and kid_deviation; precision, recall, density, coverage; by_group, the
+    Frechet distance of each group of drawn pictures that has real ones of its own. What takes more
+    pictures than there are is left out.
+    """
+    if min(len(drawn), len(real)) < 2:
+        return {}
+    reference = Moments.of(real)
+
+    def frechet(features: Features) -> float:
+        return frechet_distance(Moments.of(features), reference)
+
+    found: dict[str, Any] = {
+        "frechet": frechet(drawn),
+        "frechet_interval": both(interval(frechet, drawn, resamples=RESAMPLES)),
+    }
+    if len(drawn) >= LEAST_FOR_LINE:
+        line = frechet_at_infinity(drawn, reference)
+        found["frechet_at_infinity"] = line.value
+        found["frechet_points"] = [[point.count, point.distance] for point in line.points]
+    size = min(KID_SUBSET, len(drawn), len(real))
+    found["kid"], found["kid_deviation"] = kid(drawn, real, subset_size=size)
+    if min(len(drawn), len(real)) > NEIGHBOURS:
+        found |= vars(prdc(real, drawn, NEIGHBOURS))
+    found["by_group"] = {
+        name: frechet_distance(
+            Moments.of(drawn[rows.start : rows.stop]),
+            Moments.of(real[real_groups[name].start : real_groups[name].stop]),
+        )
+        for name, rows in drawn_groups.items()
+        if name in real_groups and min(len(rows), len(real_groups[name])) > 1
+    }
+    return found
+
+
+def clip_figures(
+    drawn: Features, texts: Features, real: Features | None, groups: Groups
+) -> dict[str, Any]:
+    """clip_score, its interval, its means by_group and, with real pictures [M, D], the cmmd.
+
+    drawn, texts: [N, D], of pictures and of their prompts.
+    """
+    found: dict[str, Any] = means("clip_score", clip_scores(drawn, texts), groups)
+    return found if real is None else found | {"cmmd": cmmd(drawn, real)}
+
+
+def means(name: str, values: np.ndarray, groups: Groups) -> dict[str, Any]:
+    """The mean of values [N], its 95% interval, and the mean of each group."""
+    return {
+        name: float(values.mean()),
+        f"{name}_interval": both(mean_interval(values)),
+        f"{name}_by_group": {
+            group: float(values[rows.start : rows.stop].mean()) for group, rows in groups.items()
+        },
+    }
+
+
+def scene_figures(rows: np.ndarray, groups: Groups, unseen: Sequence[str]) -> dict[str, Any]:
+    """Of the rows [N, 6] of SCENE_COLUMNS: the shares that are right in percent, for each kind.
+
+    vae_psnr_db is of the kinds that are `unseen`, where there are any.
+    """
+    found: dict[str, Any] = {}
+    for name, numbers in groups.items():
+        right = rows[numbers.start : numbers.stop, :-1]
+        shares, intervals = {}, {}
+        for column, values in zip(SCENE_COLUMNS, right.T, strict=False):
+            successes, count = int(values.sum()), len(values)
+            shares[column] = round(100 * successes / count, 1)
+            wilson = share_interval(successes, count)
+            intervals[column] = [round(100 * wilson.low, 1), round(100 * wilson.high, 1)]
+        found[name] = {**shares, "intervals": intervals}
+    chosen = [rows[groups[name].start : groups[name].stop, -1] for name in unseen]
+    if chosen:
+        psnr = np.concatenate(chosen).astype(np.float64)
+        found["vae_psnr_db"] = round(float(psnr.mean()), 2)
+        found["vae_psnr_db_interval"] = [round(end, 2) for end in both(mean_interval(psnr))]
+    return found
+
+
+def copies(drawn: Neighbours, real: Neighbours | None) -> dict[str, Any]:
+    """The median distance to the nearest training picture and, with real ones', memorization's."""
+    found: dict[str, Any] = {"median_distance": float(np.median(drawn.distances))}
+    return found if real is None else found | vars(memorization(drawn.distances, real.distances))
+
+
+def both(ends: Interval) -> list[float]:
+    """The two ends of an interval."""
+    return [ends.low, ends.high]
