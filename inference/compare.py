@@ -22,6 +22,8 @@ SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "seed")
 
 def read_evaluation(run_dir: Path) -> dict[str, Any]:
     """What is in evaluation.json. Raises InputError where it is not there or has no id."""
+    if not (run_dir / "evaluation.json").is_file():
+        raise InputError(f"There is no evaluation.json in {run_dir}; run inference.evaluate first.")
     results = read_json(run_dir / "evaluation.json")
     if not {"id", "fixed", "model"} <= results.keys():
         raise InputError(

@@ -201,11 +201,12 @@ def _rows(config: FilePrompts) -> list[tuple[str, str]]:
                 table = pa.Table.from_pylist([json.loads(line) for line in file if line.strip()])
         else:
             table = pq.read_table(path)
-        columns = [table[name].to_pylist() for name in names]
-    except KeyError as error:
-        raise InputError(f"{path} has no column {error}; set column and group_column.") from None
+        missing = [name for name in names if name not in table.column_names]
+        columns = [table[name].to_pylist() for name in names if not missing]
     except (ValueError, TypeError, AttributeError, pa.ArrowException, RecursionError) as error:
         raise InputError(f"{path} cannot be read as captions ({error}).") from None
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; set column and group_column.")
     groups = columns[1] if len(columns) > 1 else [""] * len(columns[0])
     rows = [(text or "", group) for text, group in zip(columns[0], groups, strict=True)]
     if not all(isinstance(text, str) for row in rows for text in row):

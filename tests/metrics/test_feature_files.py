@@ -1,0 +1,128 @@
+"""Rows in files: the same whoever makes them, in whatever order, and however often killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentdiff.errors import InputError
+from latentdiff.metrics.feature_files import PIECE, FeatureFiles
+
+WIDTHS = {"one": 3, "two": 1}
+
+
+def rows(numbers: range) -> dict[str, np.ndarray]:
+    """Row i depends on i alone."""
+    column = np.array(numbers, np.float32)[:, None]
+    return {"one": column * [1, 10, 100], "two": -column}
+
+
+def files(folder: Path, count: int) -> FeatureFiles:
+    return FeatureFiles(folder, count, WIDTHS, {"seed": 0})
+
+
+def check(found: dict[str, np.ndarray], count: int) -> None:
+    assert found.keys() == WIDTHS.keys()
+    for name, expected in rows(range(count)).items():
+        assert isinstance(found[name], np.memmap)
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], expected)
+
+
+@given(st.integers(1, 3 * PIECE), st.integers(1, 4), st.data())
+def test_processes_make_all_rows_once(
+    tmp_path_factory: pytest.TempPathFactory, count: int, processes: int, data: st.DataObject
+) -> None:
+    """They run one after another here, and some are killed in the middle."""
+    folder, made = tmp_path_factory.mktemp("rows"), list[range]()
+
+    def until_killed(numbers: range) -> dict[str, np.ndarray]:
+        if data.draw(st.booleans()):
+            raise KeyboardInterrupt
+        made.append(numbers)
+        return rows(numbers)
+
+    for rank in range(processes):
+        try:
+            files(folder, count).fill(until_killed, rank, processes)
+        except KeyboardInterrupt:
+            continue
+
+    def at_last(numbers: range) -> dict[str, np.ndarray]:
+        made.append(numbers)
+        return rows(numbers)
+
+    last, told = files(folder, count), list[int]()
+    last.fill(at_last, 0, processes, told.append)
+    assert told == sorted(told)
+    assert told[-1] == count
+    check(last.finish(), count)
+    assert sorted(number for numbers in made for number in numbers) == list(range(count))
+    assert not (folder / "pieces").exists()
+
+
+def test_each_process_begins_with_its_own(tmp_path: Path) -> None:
+    begun = []
+
+    def note(numbers: range) -> dict[str, np.ndarray]:
+        begun.append(numbers.start // PIECE)
+        return rows(numbers)
+
+    files(tmp_path, 5 * PIECE).fill(note, 1, 2)
+    assert begun[:2] == [1, 3]
+    assert sorted(begun[2:]) == [0, 2, 4]
+
+
+def test_what_is_whole_is_not_made_again(tmp_path: Path) -> None:
+    first = files(tmp_path, 40)
+    first.fill(rows)
+    check(first.finish(), 40)
+    again = files(tmp_path, 40)
+    assert again.whole
+
+    def never(numbers: range) -> dict[str, np.ndarray]:
+        raise AssertionError(numbers)
+
+    again.fill(never)
+    check(again.finish(), 40)
+
+
+def test_a_straggler_writes_nothing_into_what_is_whole(tmp_path: Path) -> None:
+    """It made a piece that the first process made and gathered meanwhile."""
+
+    def slowly(numbers: range) -> dict[str, np.ndarray]:
+        first = files(tmp_path, 40)
+        first.fill(rows)
+        first.finish()
+        return rows(numbers)
+
+    files(tmp_path, 40).fill(slowly, 1, 2)
+    assert not (tmp_path / "pieces").exists()
+    check(files(tmp_path, 40).finish(), 40)
+
+
+def test_gathering_continues_where_it_was_killed(tmp_path: Path) -> None:
+    made = files(tmp_path, 40)
+    made.fill(rows)
+    np.save(tmp_path / "one.npy", rows(range(40))["one"].astype(np.float32))
+    assert not made.whole
+    check(made.finish(), 40)
+
+
+@pytest.mark.parametrize(
+    ("widths", "identity", "words"),
+    [
+        (WIDTHS, {"seed": 1}, "seed: 0 and 1"),
+        (WIDTHS | {"three": 2}, {"seed": 0}, "widths.three: null and 2"),
+    ],
+)
+def test_rows_of_something_else_are_refused(
+    tmp_path: Path, widths: dict[str, int], identity: dict[str, int], words: str
+) -> None:
+    files(tmp_path, 5)
+    with pytest.raises(InputError, match=words):
+        FeatureFiles(tmp_path, 5, widths, identity)
