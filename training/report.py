@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from latentdiff.charts import Curve, chart, short
 from latentdiff.config import read_yaml
 from latentdiff.errors import InputError, run_command
-from latentdiff.model_files import staged_file
-from training.charts import Curve, chart, short
+from latentdiff.page import COLOURS, key, options, panel, tiles, write_page
 
 PAGE, METRICS = "index.html", "metrics.jsonl"
 FAULT, UNREADABLE = "fault.json", "unreadable.jsonl"
@@ -42,7 +42,6 @@ TITLES = {
 
 FROM_ZERO = ("learning_rate", "images_per_second", "mfu", "data_wait", "peak_memory_gib")
 
-COLOURS = tuple(f"var(--c{number})" for number in range(6))
 LEVELS = tuple(f"hsl({250 - 27 * number} 62% 50%)" for number in range(10))
 
 
@@ -61,17 +60,9 @@ def write_report(run_dir: Path) -> Path:
         _panels(curves),
         _samples(run_dir, config),
         _unreadable(run_dir),
-        _options(config),
+        options(config),
     )
-    name = escape(run_dir.resolve().name)
-    with staged_file(run_dir / PAGE) as path:
-        path.write_text(
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{name}</title><style>{STYLE}</style></head>\n"
-            f"<body><main>{''.join(sections)}</main></body></html>\n",
-            encoding="utf-8",
-        )
+    write_page(run_dir / PAGE, run_dir.resolve().name, sections, STYLE)
     return run_dir / PAGE
 
 
@@ -107,7 +98,7 @@ def _head(
     total = config.get("max_steps") or done or 1
     written = time.strftime("%Y-%m-%d %H:%M", time.gmtime(rows[-1]["time"])) if rows else ""
     state = "finished" if done >= total else f"{done / total:.1%}"
-    tiles = [("step", f"{done:,} <small>of {total:,}</small>")]
+    figures = [("step", f"{done:,} <small>of {total:,}</small>")]
     for figure, label in (
         ("loss", "loss"),
         ("images_per_second", "images a second"),
@@ -116,12 +107,11 @@ def _head(
     ):
         if figure in curves:
             value = curves[figure][-1][1]
-            tiles.append((label, f"{value:.1%}" if figure == "mfu" else short(value)))
-    cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in tiles)
+            figures.append((label, f"{value:.1%}" if figure == "mfu" else short(value)))
     return (
         f"<header><h1>{escape(name)}</h1><p>{state}{f' · {written} UTC' if written else ''}</p>"
         f'<div class="bar"><i style="width:{min(1, done / total):.2%}"></i></div>'
-        f'<div class="tiles">{cells}</div></header>'
+        f"{tiles(figures)}</header>"
     )
 
 
@@ -140,20 +130,18 @@ def _panels(curves: dict[str, list[tuple[float, float]]]) -> str:
         members = panels[group]
         colours = LEVELS if group == "loss_at" else COLOURS
         if list(members) == [group]:
-            key = _newest(members[group])
+            told = _newest(members[group])
         else:
-            key = (
-                '<div class="key">'
-                + "".join(
-                    f'<span><i style="background:{colours[number % len(colours)]}"></i>'
-                    f"{escape(member)}{_newest(curve) if group != 'loss_at' else ''}</span>"
-                    for number, (member, curve) in enumerate(members.items())
-                )
-                + "</div>"
+            told = key(
+                (
+                    f"{escape(member)}{_newest(curve) if group != 'loss_at' else ''}"
+                    for member, curve in members.items()
+                ),
+                colours,
             )
-        title = escape(TITLES.get(group, group.replace("_", " ")))
+        title = TITLES.get(group, group.replace("_", " "))
         picture = chart(members, colours, from_zero=group in FROM_ZERO)
-        parts.append(f"<figure><figcaption><h3>{title}</h3>{key}</figcaption>{picture}</figure>")
+        parts.append(panel(title, told, picture))
     return f'<section><h2>Curves</h2><div class="charts">{"".join(parts)}</div></section>'
 
 
@@ -237,71 +225,12 @@ def _unreadable(run_dir: Path) -> str:
     )
 
 
-def _options(config: dict[str, Any]) -> str:
-    if not config:
-        return ""
-    rows = "".join(f"<tr><th>{escape(name)}<td>{escape(value)}" for name, value in _flat(config))
-    return (
-        f'<section><h2>Configuration</h2><div class="options"><table>{rows}</table></div></section>'
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every option, as the command line overrides it."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{prefix}{name}", text
-
-
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --card: #f6f8fa; --ink: #1f2328; --dim: #656d76;
-  --edge: #d8dee4; --bar: #0969da; --c0: #0969da; --c1: #d4630c; --c2: #0a8f6c; --c3: #9a3fa0;
-  --c4: #a37b00; --c5: #57606a }
-@media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --card: #151b23; --ink: #e6edf3;
-  --dim: #8b949e; --edge: #2b323b; --bar: #4493f8; --c0: #4493f8; --c1: #f0883e; --c2: #3fb98f;
-  --c3: #cb79d1; --c4: #d4ac2b; --c5: #9aa4af } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 60px }
-h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 36px 0 12px }
-h3 { font-size: 14px; margin: 0; font-weight: 600 } p { margin: 4px 0; color: var(--dim) }
-.bar { height: 6px; border-radius: 3px; background: var(--edge); margin: 14px 0; overflow: hidden }
-.bar i { display: block; height: 100%; background: var(--bar) }
-.tiles { display: flex; flex-wrap: wrap; gap: 10px 40px } .tiles div { display: grid }
-.tiles b { font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums }
-.tiles small { font-size: 14px; font-weight: 400; color: var(--dim) }
-.tiles span { color: var(--dim); font-size: 13px }
-figure { margin: 0 }
-.charts { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)) }
-.charts figure { background: var(--card); border: 1px solid var(--edge); border-radius: 8px;
-  padding: 12px 14px 8px; display: flex; flex-direction: column; gap: 4px }
-.charts figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; margin-bottom: auto;
-  justify-content: space-between; align-items: baseline }
-.charts b { font-variant-numeric: tabular-nums; font-weight: 600; color: var(--ink) }
-.key { display: flex; flex-wrap: wrap; gap: 0 10px; font-size: 12px; color: var(--dim) }
-.key i { display: inline-block; width: 8px; height: 8px; border-radius: 4px; margin-right: 4px }
-.key b { margin-left: 4px }
-svg { width: 100%; height: auto; display: block; overflow: visible }
-svg text { font-size: 11.5px; fill: var(--dim) }
-.end { text-anchor: end } .mid { text-anchor: middle }
-.grid { stroke: var(--edge); stroke-width: 1 }
-.curve { fill: none; stroke-width: 1.8; stroke-linejoin: round } .range { opacity: .18 }
 .newest img { max-width: 100%; border-radius: 6px; display: block }
 .row { display: flex; gap: 12px; overflow-x: auto; padding: 14px 0 }
 .row img { height: 130px; border-radius: 4px; display: block }
 .newest figcaption, .row figcaption { color: var(--dim); font-size: 13px; padding-top: 4px }
-details { margin: 8px 0 } summary { cursor: pointer; color: var(--dim) }
 ol { margin: 6px 0; columns: 2 280px }
-pre { background: var(--card); padding: 12px; border-radius: 6px; overflow: auto; font-size: 13px }
-table { border-collapse: collapse; font-size: 13px } .options { columns: 2 420px }
-th, td { text-align: left; padding: 2px 18px 2px 0; vertical-align: top; overflow-wrap: anywhere }
-th { font-weight: 400; color: var(--dim); white-space: nowrap }
-td { font-family: ui-monospace, Menlo, monospace }
 .fault { border-left: 4px solid #cf222e; padding-left: 16px; margin-top: 28px }
 .fault h2 { margin-top: 0 }
 """

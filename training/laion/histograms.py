@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from training.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, short
+from latentdiff.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, short
 
 MOST_BARS = 32
 TAIL = 0.005

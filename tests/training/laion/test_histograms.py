@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.charts import BOTTOM, HEIGHT, TOP, WIDTH
+from latentdiff.charts import BOTTOM, HEIGHT, TOP, WIDTH
 from training.laion.histograms import HEADER, MOST_BARS, Histogram, binned, drawing
 
 SVG = "{http://www.w3.org/2000/svg}"

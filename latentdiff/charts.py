@@ -102,6 +102,22 @@ def value_scale(curves: Sequence[Sequence[Point]], from_zero: bool) -> Scale:
     return Scale(max(bottom, 0.0) if low >= 0 else bottom, high + room, start, end)
 
 
+def frame(across: Scale, up: Scale, marks: Mapping[float, str]) -> list[str]:
+    """The lines and numbers behind curves: round values of `up`, and `marks` by their labels."""
+    parts = []
+    for value in up.ticks():
+        y = up(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{short(value)}</text>')
+    for value, label in marks.items():
+        x = across(value)
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        if label:
+            text = escape(label)
+            parts.append(f'<text class="mid" x="{x:.1f}" y="{HEIGHT - 6}">{text}</text>')
+    return parts
+
+
 def chart(curves: Mapping[str, Curve], colours: Sequence[str], from_zero: bool = False) -> str:
     """One <svg> of curves over steps; each is drawn in its CSS colour.
 
@@ -112,26 +128,17 @@ def chart(curves: Mapping[str, Curve], colours: Sequence[str], from_zero: bool =
     last = max(points[-1].step for points in drawn)
     across = Scale(first, last if last > first else first + 1, LEFT, WIDTH - RIGHT)
     up = value_scale(drawn, from_zero)
-    bottom = HEIGHT - BOTTOM
-    parts = []
-    for value in up.ticks():
-        y = up(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{short(value)}</text>')
-    for value in across.ticks():
-        x = across(value)
-        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/>')
-        if value == int(value):
-            parts.append(f'<text class="mid" x="{x:.1f}" y="{HEIGHT - 6}">{short(value)}</text>')
+    marks = {value: short(value) if value == int(value) else "" for value in across.ticks()}
+    parts = frame(across, up, marks)
     for number, (name, points) in enumerate(zip(curves, drawn, strict=True)):
         colour = escape(colours[number % len(colours)])
         if len(drawn) == 1 and len(curves[name]) > POINTS:
             edge = [(point.step, point.high) for point in points]
             edge += [(point.step, point.low) for point in reversed(points)]
             parts.append(
-                f'<path class="range" style="fill:{colour}" d="{_path(edge, across, up)}Z"/>'
+                f'<path class="range" style="fill:{colour}" d="{path(edge, across, up)}Z"/>'
             )
-        line = _path([(point.step, point.mean) for point in points], across, up)
+        line = path([(point.step, point.mean) for point in points], across, up)
         end = points[-1]
         told = f"{escape(name)}: {short(end.mean)} at step {end.step:,.0f}"
         parts.append(f'<path class="curve" style="stroke:{colour}" d="{line}"/>')
@@ -139,11 +146,17 @@ def chart(curves: Mapping[str, Curve], colours: Sequence[str], from_zero: bool =
             f'<circle style="fill:{colour}" cx="{across(end.step):.1f}" cy="{up(end.mean):.1f}" '
             f'r="2.5"><title>{told}</title></circle>'
         )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(", ".join(curves))}">{"".join(parts)}</svg>'
-    )
+    return picture(parts, ", ".join(curves))
 
 
-def _path(points: Curve, across: Scale, up: Scale) -> str:
+def path(points: Curve, across: Scale, up: Scale) -> str:
+    """What draws straight lines from point to point."""
     return "M" + "L".join(f"{across(step):.1f} {up(value):.1f}" for step, value in points)
+
+
+def picture(parts: Sequence[str], told: str) -> str:
+    """One <svg> of its parts; `told` is what it says to those who cannot see it."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
+        f"{''.join(parts)}</svg>"
+    )
