@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.utils import get_int_from_env
 from pydantic import Field
@@ -28,16 +27,16 @@ from latentdiff.config import Config, load_config, load_yaml, parse
 from latentdiff.errors import run_command
 from latentdiff.hub import BUNDLED
 from latentdiff.metrics.feature_files import PIECE, FeatureFiles
-from latentdiff.metrics.features import Extractor, TextExtractor, open_extractor
-from latentdiff.metrics.figures import clip_figures, copies, distances, scene_figures
+from latentdiff.metrics.features import open_extractor
+from latentdiff.metrics.figures import figures
 from latentdiff.metrics.identity import digest_of
-from latentdiff.metrics.neighbours import Neighbours, nearest
-from latentdiff.metrics.prompts import Prompts, open_prompts
+from latentdiff.metrics.prompts import open_prompts
 from latentdiff.metrics.protocol import Protocol, fixed, protocol_id
 from latentdiff.metrics.references import Reference, open_reference, open_training
 from latentdiff.model_files import staged_file
 from latentdiff.pipeline import TextToImage
 from latentdiff.recipe import model_hash
+from latentdiff.request import read_settings
 from latentdiff.vocabulary import UnknownWordWarning
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,9 +125,16 @@ def evaluate_protocol(
     anything is drawn, for what is not there or does not fit, and where run_dir holds another
     evaluation's rows.
     """
-    side = model.parts.unet.config.sample_size * model.parts.autoencoder.scale_factor
-    sides = {"height": protocol.height or side, "width": protocol.width or side}
-    protocol = protocol.model_copy(update=sides)
+    asked = read_settings(
+        model.parts,
+        from_image=False,
+        height=protocol.height,
+        width=protocol.width,
+        num_inference_steps=protocol.num_inference_steps,
+        guidance_scale=protocol.guidance_scale,
+        sampler=protocol.sampler,
+    )
+    protocol = protocol.model_copy(update={"height": asked.height, "width": asked.width})
     prompts = open_prompts(protocol.prompts, protocol.count, model.parts.vocabulary)
     extractors = [open_extractor(config, place.device) for config in protocol.features]
     features = Features(protocol, extractors, batch_size)
@@ -158,6 +164,7 @@ def evaluate_protocol(
     values = fixed(protocol, digests)
     rows = drawn_files.finish()
     real_rows = {name: files.finish() for name, files in real_files.items()}
+    groups = {name: pictures.groups for name, pictures in real.items()}
     results = {
         "model": model_name(model),
         "device": place.device,
@@ -170,7 +177,7 @@ def evaluate_protocol(
         "id": protocol_id(values),
         "fixed": values,
         "pictures": len(prompts.texts),
-        **figures(prompts, extractors, rows, real, real_rows),
+        **figures(prompts, extractors, rows, real_rows, groups),
     }
     write_sheets(run_dir, drawing)
     if "training" in real:
@@ -198,57 +205,6 @@ def fill(files: FeatureFiles, rows: DrawnRows | RealRows, place: Place, title: s
     """Make the rows that are missing, with a bar on the first process."""
     with tqdm(desc=title, total=files.count, unit="picture", disable=place.rank > 0) as bar:
         files.fill(rows, place.rank, place.processes, lambda done: bar.update(done - bar.n))
-
-
-def figures(
-    prompts: Prompts,
-    extractors: list[Extractor],
-    rows: dict[str, np.ndarray],
-    real: dict[str, Reference],
-    real_rows: dict[str, dict[str, np.ndarray]],
-) -> dict[str, Any]:
-    """All figures of the rows of drawn and real pictures."""
-    found: dict[str, Any] = {}
-    unseen = (
-        [kind.name for kind in prompts.asked.kinds if kind.split == "held_out"]
-        if (prompts.asked)
-        else []
-    )
-    if prompts.asked is not None:
-        found = scene_figures(rows["scenes"], prompts.groups, unseen)
-    reference = real_rows.get("reference", {})
-    found["features"] = {extractor.name: dict[str, Any]() for extractor in extractors}
-    for extractor in extractors:
-        name = extractor.name
-        if reference:
-            groups = real["reference"].groups
-            found["features"][name] |= distances(
-                rows[name], reference[name], prompts.groups, groups
-            )
-        if isinstance(extractor, TextExtractor):
-            texts = rows[f"{name}_text"]
-            found["features"][name] |= clip_figures(
-                rows[name], texts, reference.get(name), prompts.groups
-            )
-    if "training" in real:
-        found["neighbours"] = {
-            name: copies(
-                nearest_of(rows[name], training, prompts.groups, unseen),
-                nearest_of(reference[name], training, real["reference"].groups, unseen)
-                if reference
-                else None,
-            )
-            for name, training in real_rows["training"].items()
-        }
-    return found
-
-
-def nearest_of(
-    rows: np.ndarray, training: np.ndarray, groups: dict[str, range], chosen: list[str]
-) -> Neighbours:
-    """The nearest training pictures of the chosen groups' pictures; of all where none is chosen."""
-    parts = [rows[groups[name].start : groups[name].stop] for name in chosen if name in groups]
-    return nearest(np.concatenate(parts) if parts else rows, training)
 
 
 def model_facts(model: TextToImage) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import numpy as np
 from latentdiff.metrics.arrays import Features
 from latentdiff.metrics.bootstrap import Interval, interval, mean_interval, share_interval
 from latentdiff.metrics.clip_score import clip_scores
+from latentdiff.metrics.features import Extractor, TextExtractor
 from latentdiff.metrics.frechet import Moments, frechet_at_infinity, frechet_distance
 from latentdiff.metrics.kernel import cmmd, kid
 from latentdiff.metrics.manifold import prdc
-from latentdiff.metrics.neighbours import Neighbours, memorization
+from latentdiff.metrics.neighbours import Neighbours, memorization, nearest
+from latentdiff.metrics.prompts import Prompts
 
 RESAMPLES = 25
 """Of the interval of a Frechet distance."""
@@ -34,6 +36,52 @@ SCENE_COLUMNS = (
 """Of the rows of emoji scenes: five times 1 where right, else 0, and the VAE's PSNR."""
 
 Groups = Mapping[str, range]
+
+
+def figures(
+    prompts: Prompts,
+    extractors: Sequence[Extractor],
+    rows: Mapping[str, np.ndarray],
+    real: Mapping[str, Mapping[str, np.ndarray]],
+    groups: Mapping[str, Groups],
+) -> dict[str, Any]:
+    """All figures of one evaluation, as plain values.
+
+    rows: of the drawn pictures by name, [N, D]: the extractors' and those of their prompts as
+    NAME_text, "scenes" (SCENE_COLUMNS), "pixels". real: the same of the pictures of "reference" and
+    "training", where there are any; groups: theirs. Memorization is of what training never showed:
+    the held-out kinds of scenes, or all prompts of other kinds.
+    """
+    found: dict[str, Any] = {}
+    unseen: list[str] = []
+    if prompts.asked is not None:
+        unseen = [kind.name for kind in prompts.asked.kinds if kind.split == "held_out"]
+        found = scene_figures(rows["scenes"], prompts.groups, unseen)
+    reference, training = real.get("reference", {}), real.get("training", {})
+    by_feature = found["features"] = dict[str, Any]()
+    for extractor in extractors:
+        name, own = extractor.name, dict[str, Any]()
+        if reference:
+            own |= distances(rows[name], reference[name], prompts.groups, groups["reference"])
+        if isinstance(extractor, TextExtractor):
+            texts = rows[f"{name}_text"]
+            own |= clip_figures(rows[name], texts, reference.get(name), prompts.groups)
+        by_feature[name] = own
+    if training:
+        by_neighbour = found["neighbours"] = dict[str, Any]()
+        for name, seen in training.items():
+            drawn = nearest(_of(rows[name], prompts.groups, unseen), seen)
+            others = None
+            if reference:
+                others = nearest(_of(reference[name], groups["reference"], unseen), seen)
+            by_neighbour[name] = copies(drawn, others)
+    return found
+
+
+def _of(rows: np.ndarray, groups: Groups, chosen: Sequence[str]) -> np.ndarray:
+    """The rows of the chosen groups; all where none is chosen."""
+    parts = [rows[groups[name].start : groups[name].stop] for name in chosen if name in groups]
+    return np.concatenate(parts) if parts else rows
 
 
 def distances(

@@ -56,7 +56,7 @@ def test_another_protocol_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="run inference.evaluate first"):
+    with pytest.raises(InputError, match=r"run inference\.evaluate first"):
         compare.read_evaluation(tmp_path)
     (tmp_path / "evaluation.json").write_text('{"model": "a"}')
     with pytest.raises(InputError, match=r"no protocol's id; run inference\.evaluate again"):

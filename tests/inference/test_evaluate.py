@@ -238,6 +238,53 @@ def test_another_evaluation_in_the_same_place_is_refused(alone: Path, tiny_model
     assert (alone / "evaluation.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampler": "none"}, "no sampler 'none'"),
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001"),
+        ({"model": "/nowhere"}, "no model directory"),
+        ({"protocol": ROOT / "configs/protocols/none.yaml"}, "no configuration file"),
+        (
+            {"protocol": ROOT / "configs/protocols/mjhq.yaml"},
+            "of 8, for example|no file of captions",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    options = {"model": str(tiny_model), "protocol": TINY, "prompts": 3} | changes
+    with pytest.raises(InputError, match=words):
+        evaluate.evaluate(EvaluateConfig(run_dir=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_of_a_file_are_drawn_and_measured(tiny_model: Path, tmp_path: Path) -> None:
+    """Two categories, without a reference: each picture by itself, at another size."""
+    lines = [{"caption": f"a fox {n}", "category": "ab"[n % 2]} for n in range(4)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "protocol.yaml").write_text(
+        f"{{name: file, num_inference_steps: 1, height: 32, width: 64, size: 16, "
+        f"prompts: {{type: file, path: {tmp_path / 'captions.jsonl'}, group_column: category}}, "
+        "features: [{type: clip, name: ours}]}"
+    )
+    options = {"protocol": tmp_path / "protocol.yaml", "keep_pictures": True}
+    evaluate.evaluate(EvaluateConfig(run_dir=tmp_path / "out", model=str(tiny_model), **options))
+    results = results_of(tmp_path / "out")
+    assert results["features"]["ours"].keys() == {
+        "clip_score", "clip_score_interval", "clip_score_by_group",
+    }  # fmt: skip
+    assert results["features"]["ours"]["clip_score_by_group"].keys() == {"a", "b"}
+    assert "one" not in results
+    assert "neighbours" not in results
+    for number in range(4):
+        with Image.open(tmp_path / "out" / "pictures" / f"{number:06d}.png") as picture:
+            assert picture.size == (64, 32)
+    for group in "ab":
+        assert (tmp_path / "out" / f"{group}.png").is_file()
+
+
 def test_a_perfect_model_scores_full_marks(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
