@@ -197,15 +197,23 @@ def shown_numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", value
 
 
-def test_two_processes_are_one(tiny_model: Path, tmp_path: Path) -> None:
-    """34 pictures are two pieces: each process makes one of them."""
-    scenes = ROOT / "configs/tiny/scenes.yaml"
-    words = f"{{name: two, count: 34, prompts: {{type: scenes, kinds: [one], scenes: {scenes}}},"
-    words += "features: [{type: clip}], reference: {type: renders, count: 10}}"
-    (tmp_path / "protocol.yaml").write_text(words)
-    changes = {"protocol": tmp_path / "protocol.yaml", "prompts": None}
-    one, two = (config(tmp_path / name, tiny_model, **changes) for name in ("one", "two"))
-    evaluate.evaluate(one)
+@pytest.fixture(scope="module")
+def in_pieces(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """34 pictures, which are two pieces, made by one process."""
+    folder, scenes = tmp_path_factory.mktemp("pieces"), ROOT / "configs/tiny/scenes.yaml"
+    (folder / "protocol.yaml").write_text(
+        f"{{name: pieces, count: 34, prompts: {{type: scenes, kinds: [one], scenes: {scenes}}}, "
+        "features: [{type: clip}], reference: {type: renders, count: 10}}"
+    )
+    changes = {"protocol": folder / "protocol.yaml", "prompts": None}
+    made = config(folder / "one", tiny_model, **changes)
+    evaluate.evaluate(made)
+    return made
+
+
+def test_two_processes_are_one(in_pieces: EvaluateConfig, tmp_path: Path) -> None:
+    """Each of them makes a piece."""
+    two = in_pieces.model_copy(update={"run_dir": tmp_path / "two"})
     save_yaml(two, tmp_path / "two.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
@@ -215,8 +223,31 @@ def test_two_processes_are_one(tiny_model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == results_of(two.run_dir)
-    same_figures(results_of(two.run_dir), results_of(one.run_dir))
+    same_figures(results_of(two.run_dir), results_of(in_pieces.run_dir))
     assert len(np.load(two.run_dir / "drawn" / "scenes.npy")) == 34
+
+
+def test_a_killed_evaluation_continues(
+    in_pieces: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its last batch, in the second piece: the first is not drawn again."""
+    again = in_pieces.model_copy(update={"run_dir": tmp_path / "killed"})
+    generate, drawn = TextToImage.generate, list[int]()
+
+    def counted(self: TextToImage, prompts: list[str], **settings: Any) -> Any:
+        if len(drawn) == 4:
+            drawn.append(0)
+            raise KeyboardInterrupt
+        drawn.append(len(prompts))
+        return generate(self, prompts, **settings)
+
+    monkeypatch.setattr(TextToImage, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(again)
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    evaluate.evaluate(again)
+    assert drawn == [8, 8, 8, 8, 0, 2]
+    same_figures(results_of(again.run_dir), results_of(in_pieces.run_dir))
 
 
 @pytest.mark.filterwarnings("ignore:The prompt is longer")
