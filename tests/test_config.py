@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from latentdiff.config import Config, load_config, load_yaml, parse, read_yaml, save_yaml
 from latentdiff.data.scenes import ScenesConfig
 from latentdiff.errors import InputError
+from latentdiff.metrics.protocol import Protocol
 from training.diffusion import DiffusionConfig
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +252,8 @@ def config_class(path: Path) -> type[Config]:
     """The class that the program of a YAML's name gives to load_config."""
     if path.stem == "scenes":
         return ScenesConfig
+    if path.parent.name == "protocols":
+        return Protocol
     for module in (
         f"training.{path.stem}",
         f"inference.{path.stem}",
@@ -320,7 +323,8 @@ def test_every_yaml_names_configs_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("trained", sorted((ROOT / "configs").rglob("diffusion.yaml")), ids=names)
 def test_what_one_program_makes_the_next_one_finds(trained: Path) -> None:
     sets = [read_yaml(path) for path in trained.parent.glob("*.yaml")]
-    made = [values[key] for values in sets for key in ("run_dir", "directory") if key in values]
+    keys = ("run_dir", "directory", "reference_dir")
+    made = [values[key] for values in sets for key in keys if key in values]
     assert len(set(made)) == len(made)
     for values in sets:
         for key, value in values.items():

@@ -70,18 +70,24 @@ def figures(
     if training:
         by_neighbour = found["neighbours"] = dict[str, Any]()
         for name, seen in training.items():
-            drawn = nearest(_of(rows[name], prompts.groups, unseen), seen)
+            drawn = _nearest(rows[name], prompts.groups, unseen, seen)
             others = None
             if reference:
-                others = nearest(_of(reference[name], groups["reference"], unseen), seen)
+                others = _nearest(reference[name], groups["reference"], unseen, seen)
             by_neighbour[name] = copies(drawn, others)
     return found
 
 
-def _of(rows: np.ndarray, groups: Groups, chosen: Sequence[str]) -> np.ndarray:
-    """The rows of the chosen groups; all where none is chosen."""
-    parts = [rows[groups[name].start : groups[name].stop] for name in chosen if name in groups]
-    return np.concatenate(parts) if parts else rows
+def _nearest(
+    rows: np.ndarray, groups: Groups, chosen: Sequence[str], training: np.ndarray
+) -> Neighbours:
+    """The nearest training rows of the chosen groups' rows; of all where none is chosen."""
+    ranges = [groups[name] for name in chosen if name in groups] or [range(len(rows))]
+    found = [nearest(rows[some.start : some.stop], training) for some in ranges]
+    return Neighbours(
+        np.concatenate([part.rows for part in found]),
+        np.concatenate([part.distances for part in found]),
+    )
 
 
 def distances(

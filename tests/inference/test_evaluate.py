@@ -177,7 +177,17 @@ def test_neighbours_are_training_pictures(alone: Path, tiny: TextToImage) -> Non
     for path in kept:
         with Image.open(path) as picture:
             assert np.asarray(picture).tobytes() in training
-    assert results_of(alone)["neighbours"]["pixels"]["median_distance"] > 0
+    drawn = np.load(alone / "drawn" / "pixels.npy")
+    reals = [np.load(path) for path in (alone / "real").glob("*/pixels.npy")]
+    (real,) = (rows for rows in reals if len(rows) == 24)
+    seen = np.stack([np.frombuffer(picture, np.uint8) for picture in training])
+    seen = seen.reshape(12, 32, 2, 32, 2, 3).mean(axis=(2, 4)).round().reshape(12, -1) / 255
+    unseen = [3, 4, 5, 9, 10, 11]  # of the kinds one_held_out and two_held_out
+    mine = np.linalg.norm(drawn[unseen, None] - seen, axis=-1).min(axis=1)
+    theirs = np.linalg.norm(real[[*range(6, 12), *range(18, 24)], None] - seen, axis=-1).min(axis=1)
+    found = results_of(alone)["neighbours"]["pixels"]
+    assert found["median_distance"] == pytest.approx(np.median(mine), rel=1e-2)
+    assert found["closer"] == pytest.approx((mine[:, None] < theirs).mean(), abs=0.05)
 
 
 def same_figures(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
