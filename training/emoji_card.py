@@ -97,8 +97,9 @@ scenes, and every background in {rarest_colour:,} to {commonest_colour:,}.
 ## Captions
 
 Written by templates with varied wording: with and without articles, with and without the
-background, from either object's side, with synonyms. Those {sample:,} scenes have {distinct:,}
-different captions, {median:g} words long at the median; {coloured:.1%} name the background.
+background, from either object's side ({reading_order:.0%} from that of the left or the upper
+one), with synonyms. Those {sample:,} scenes have {distinct:,} different captions, {median:g} words long at the
+median; {coloured:.1%} name the background.
 
 | words | captions |
 |---|---|
@@ -146,6 +147,7 @@ def describe(config: ScenesConfig) -> str:
         **_about_captions(sample),
         **_about_splits(config),
         grid=config.grid,
+        reading_order=config.reading_order,
         sizes=_alternatives(config.sizes),
         pair_sizes=_alternatives(config.pair_sizes),
         concepts=len(config.concepts),

@@ -70,6 +70,9 @@ class ScenesConfig(Config):
     """Width and height in pixels."""
     pair_share: float = Field(ge=0, le=1)
     """Share of scenes that show two objects."""
+    reading_order: float = Field(default=0.5, ge=0, le=1)
+    """Share of their captions that name the left or the upper object first. At 1 the first word is
+    the first place, which is far sooner learned than what "to the right of" does to it."""
     sizes: tuple[int, ...] = Field(min_length=1)
     """Sides in pixels of the square box of an object that stands alone."""
     pair_sizes: tuple[int, ...] = Field(min_length=1)
@@ -243,7 +246,8 @@ class EmojiScenes:
         if relation is None:
             words = names[0]
         else:
-            if rng.random() < 0.5:
+            share = self.config.reading_order
+            if rng.random() < (1 - share if relation in ("left", "above") else share):
                 names.reverse()
                 relation = OPPOSITE[relation]
             if rng.random() < 0.75:

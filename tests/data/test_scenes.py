@@ -316,6 +316,17 @@ def test_captions_are_true_and_say_one_thing(scenes: EmojiScenes) -> None:
         check_caption(scenes.scene(index))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.75, 1.0])
+def test_captions_name_the_left_or_upper_object_first_as_often_as_asked(share: float) -> None:
+    scenes = EmojiScenes(CONFIG.model_copy(update={"pair_share": 1.0, "reading_order": share}))
+    drawn = [scenes.scene(index) for index in range(1500)]
+    in_order = [read(scene.caption)[0][1] in ("left", "above") for scene in drawn]
+    assert abs(np.mean(in_order) - share) <= 0.04 * (0 < share < 1)
+    usual = EmojiScenes(CONFIG.model_copy(update={"pair_share": 1.0}))
+    shown = [(scene.objects, scene.background) for scene in drawn[:99]]
+    assert shown == [(s.objects, s.background) for s in map(usual.scene, range(99))]
+
+
 def test_captions_vary() -> None:
     scenes = [TRAIN.scene(index) for index in range(3000)]
     captions = [scene.caption for scene in scenes]
