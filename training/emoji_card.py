@@ -98,8 +98,8 @@ scenes, and every background in {rarest_colour:,} to {commonest_colour:,}.
 
 Written by templates with varied wording: with and without articles, with and without the
 background, from either object's side ({reading_order:.0%} from that of the left or the upper
-one), with synonyms. Those {sample:,} scenes have {distinct:,} different captions, {median:g} words long at the
-median; {coloured:.1%} name the background.
+one), with synonyms. Those {sample:,} scenes have {distinct:,} different captions, {median:g} words
+long at the median; {coloured:.1%} name the background.
 
 | words | captions |
 |---|---|
