@@ -28,8 +28,8 @@ from latentdiff.data.held_out import first_pairs
 from latentdiff.data.images import SourceConfig, open_source
 from latentdiff.drawing import DrawingConfig, drawn
 from latentdiff.errors import run_command
+from latentdiff.metrics.arrays import unit
 from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
-from latentdiff.metrics.clip_score import unit
 from latentdiff.model_files import staged_file, write_json
 from latentdiff.pipeline import TextToImage
 from latentdiff.vocabulary import UnknownWordWarning

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.hub import model_path
+from latentdiff.metrics.arrays import unit
 from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
-from latentdiff.metrics.clip_score import unit
 from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
 from latentdiff.pipeline import TextToImage

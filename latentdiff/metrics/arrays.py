@@ -71,3 +71,11 @@ def check_alike(x: Features, y: Features, least: int) -> None:
             f"{x.shape[0]} and {y.shape[0]} feature vectors are too few; this figure takes at "
             f"least {least} of each."
         )
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows [N, D] scaled to length 1. Raises InputError for one of length 0."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError("An embedding of length 0 has no direction; is its CLIP trained?")
+    return rows / lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from latentdiff.errors import InputError
-from latentdiff.metrics.arrays import Features, blocks
+from latentdiff.metrics.arrays import Features, blocks, unit
 
 CHUNK = 4096
 
@@ -35,11 +35,3 @@ def clip_scores(images: Features, texts: Features) -> np.ndarray:
     """
     scores: np.ndarray = 100 * np.maximum(cosines(images, texts), 0)
     return scores
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows [N, D] scaled to length 1. Raises InputError for one of length 0."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not lengths.all():
-        raise InputError("An embedding of length 0 has no direction; its CLIP is not trained.")
-    return rows / lengths

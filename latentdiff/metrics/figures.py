@@ -19,8 +19,8 @@ from latentdiff.metrics.prompts import Prompts
 
 RESAMPLES = 25
 """Of the interval of a Frechet distance."""
-LEAST_FOR_LINE = 20
-"""Pictures, for a tenth of them to have a covariance and a line through FID against 1/N a sense."""
+SIZES = 15
+"""Points of the line through FID against 1/N."""
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage."""
 KID_SUBSET = 1000
@@ -111,12 +111,14 @@ def distances(
         "frechet": frechet(drawn),
         "frechet_interval": both(interval(frechet, drawn, resamples=RESAMPLES)),
     }
-    if len(drawn) >= LEAST_FOR_LINE:
-        line = frechet_at_infinity(drawn, reference)
+    if len(drawn) >= 4 * drawn.shape[1]:  # that FID_N is linear in 1/N holds well above D pictures
+        sizes = np.linspace(2 * drawn.shape[1], len(drawn), SIZES).astype(int).tolist()
+        line = frechet_at_infinity(drawn, reference, sizes)
         found["frechet_at_infinity"] = line.value
         found["frechet_points"] = [[point.count, point.distance] for point in line.points]
-    size = min(KID_SUBSET, len(drawn), len(real))
-    found["kid"], found["kid_deviation"] = kid(drawn, real, subset_size=size)
+    size = min(KID_SUBSET, len(drawn) // 2, len(real) // 2)  # subsets that differ
+    if size >= 2:
+        found["kid"], found["kid_deviation"] = kid(drawn, real, subset_size=size)
     if min(len(drawn), len(real)) > NEIGHBOURS:
         found |= vars(prdc(real, drawn, NEIGHBOURS))
     found["by_group"] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from latentdiff.errors import InputError
-from latentdiff.metrics.arrays import Features, Taken, blocks, check_alike
+from latentdiff.metrics.arrays import Features, Taken, blocks, check_alike, unit
 
 
 def kid(
@@ -80,14 +80,7 @@ def _mean_kernel(
 ) -> float:
     total = 0.0
     for a in blocks(x, chunk):
-        rows = _unit(a)
+        rows = unit(a)
         for b in blocks(y, chunk):
-            total += float(kernel(rows @ _unit(b).T).sum())
+            total += float(kernel(rows @ unit(b).T).sum())
     return total / (x.shape[0] * y.shape[0])
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not lengths.all():
-        raise InputError("An embedding of length 0 has no direction; CMMD takes CLIP embeddings.")
-    return rows / lengths

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import InputError
-from latentdiff.metrics.arrays import Taken, blocks, check_alike
+from latentdiff.metrics.arrays import Taken, blocks, check_alike, unit
 
 
 @given(st.integers(0, 20), st.integers(1, 25))
@@ -49,3 +49,11 @@ def test_what_does_not_compare_is_refused() -> None:
         check_alike(np.zeros(3), np.zeros(3), 1)
     with pytest.raises(InputError, match="too few"):
         check_alike(np.zeros((3, 2)), np.zeros((2, 2)), 3)
+
+
+def test_unit_rows_keep_their_direction() -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 3))
+    np.testing.assert_allclose(np.linalg.norm(unit(rows), axis=1), 1, rtol=1e-15)
+    np.testing.assert_allclose(unit(rows) * np.linalg.norm(rows, axis=1)[:, None], rows, rtol=1e-14)
+    with pytest.raises(InputError, match="length 0"):
+        unit(np.zeros((1, 3)))

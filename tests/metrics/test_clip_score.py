@@ -15,7 +15,7 @@ from torchmetrics.functional.multimodal.clip_score import clip_score
 
 from latentdiff.errors import InputError
 from latentdiff.metrics import clip_score as module
-from latentdiff.metrics.clip_score import clip_scores, cosines, unit
+from latentdiff.metrics.clip_score import clip_scores, cosines
 
 
 def vectors(count: int, width: int, seed: int) -> np.ndarray:
@@ -62,12 +62,6 @@ def test_each_picture_is_clamped_not_the_mean() -> None:
     texts = np.array([[-2.0, 0.0], [5.0, 0.0], [0.0, 7.0]])
     np.testing.assert_allclose(cosines(images, texts), [-1, 1, 0.8], rtol=1e-15)
     np.testing.assert_allclose(clip_scores(images, texts), [0, 100, 80], rtol=1e-15)
-
-
-def test_unit_rows_keep_their_direction() -> None:
-    rows = vectors(5, 3, 0).astype(np.float64)
-    np.testing.assert_allclose(np.linalg.norm(unit(rows), axis=1), 1, rtol=1e-15)
-    np.testing.assert_allclose(unit(rows) * np.linalg.norm(rows, axis=1)[:, None], rows, rtol=1e-14)
 
 
 def test_what_is_no_pair_is_refused() -> None:
