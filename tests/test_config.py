@@ -260,8 +260,9 @@ def config_class(path: Path) -> type[Config]:
         f"training.{path.stem}.__main__",
     ):
         source = ROOT / f"{module.replace('.', '/')}.py"
-        if source.is_file():
-            (name,) = re.findall(r"load_config\((\w+)", source.read_text("utf-8"))
+        text = source.read_text("utf-8") if source.is_file() else ""
+        if classes := re.findall(r"load_config\((\w+)", text):
+            (name,) = classes
             found: type[Config] = getattr(importlib.import_module(module), name)
             return found
     raise AssertionError(f"{path} is named after no program")
