@@ -6,8 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from latentdiff.charts import LEFT, RIGHT, WIDTH, Curve, Point, Scale, frame, path, picture, short
-from latentdiff.charts import value_scale as values_up
+from latentdiff.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Curve,
+    Scale,
+    frame,
+    path,
+    picture,
+    short,
+)
 
 LETTER = 7.0
 """Width of a character below an axis, in pixels, about."""
@@ -28,7 +40,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks of one colour, with a line through them if they are joined, and a dashed guide."""
+    """Marks of one colour, with a line through them if they are joined, and a dashed guide.
+
+    A guide without marks has rings at its points.
+    """
 
     name: str
     marks: Sequence[Mark]
@@ -40,14 +55,18 @@ def plot(
     series: Sequence[Series],
     colours: Sequence[str],
     labels: Mapping[float, str] | None = None,
-    logarithmic: bool = False,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
     """One <svg>; labels: of x where the axis is not to choose its own.
 
-    There must be a mark or a guide; logarithmic axes take x > 0.
+    There must be a mark or a guide. log_x: x > 0, evenly by their factors; log_y: so are y where
+    they are positive and span more than a factor of twenty.
     """
-    across = _across(series, logarithmic)
-    up = values_up([[Point(0, y, y, y) for y in _heights(series)]], from_zero=False)
+    across = _scale(_across(series), LEFT, WIDTH - RIGHT, log_x)
+    heights = _heights(series)
+    log_y = log_y and 0 < 20 * min(heights) < max(heights)
+    up = _scale(heights, HEIGHT - BOTTOM, TOP, log_y)
     if labels is None:
         labels = {value: short(value) for value in across.ticks()}
     parts = frame(across, up, spaced(labels, across))
@@ -56,6 +75,10 @@ def plot(
         line = f'style="stroke:{colour}"'
         if one.guide:
             parts.append(f'<path class="guide" {line} d="{path(one.guide, across, up)}"/>')
+        for x, y in () if one.marks else one.guide:
+            parts.append(
+                f'<circle class="ring" {line} cx="{across(x):.1f}" cy="{up(y):.1f}" r="6"/>'
+            )
         places = [(mark.x, mark.y) for mark in one.marks]
         if one.joined and len(places) > 1:
             parts.append(f'<path class="curve" {line} d="{path(places, across, up)}"/>')
@@ -105,13 +128,16 @@ def _heights(series: Sequence[Series]) -> list[float]:
     return heights + [y for one in series for _, y in one.guide]
 
 
-def _across(series: Sequence[Series], logarithmic: bool) -> Scale:
-    """Of all x, with a little room at both ends."""
+def _across(series: Sequence[Series]) -> list[float]:
     places = [mark.x for one in series for mark in one.marks]
-    places += [x for one in series for x, _ in one.guide]
-    low, high = min(places), max(places)
+    return places + [x for one in series for x, _ in one.guide]
+
+
+def _scale(values: Sequence[float], start: float, end: float, logarithmic: bool) -> Scale:
+    """Of all values, with a little room at both ends."""
+    low, high = min(values), max(values)
     if logarithmic:
         room = (high / low) ** 0.04 if high > low else 2.0
-        return Scale(low / room, high * room, LEFT, WIDTH - RIGHT, logarithmic=True)
-    extra = 0.04 * (high - low) or 0.5
-    return Scale(low - extra, high + extra, LEFT, WIDTH - RIGHT)
+        return Scale(low / room, high * room, start, end, logarithmic=True)
+    extra = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(low - extra, high + extra, start, end)

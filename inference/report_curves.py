@@ -55,7 +55,8 @@ def against(axis: str, points: Sequence[Evaluation]) -> str:
         ]
         if better(name) and any(one.marks for one in series):
             drawn = _side_by_side(series) if words else series
-            picture = plot(drawn, colours, labels, logarithmic=axis == "num_inference_steps")
+            steps, distance = axis == "num_inference_steps", better(name) < 0
+            picture = plot(drawn, colours, labels, log_x=steps, log_y=distance)
             shown[leaf(name) in FIRST].append(panel(title(name), "", picture))
     return (
         f"<section><h2>Against {AXES[axis]}</h2>{key(map(escape, names), colours)}"
@@ -124,7 +125,7 @@ def trade(points: Sequence[Evaluation]) -> str:
     colour_key = key(map(escape, palette), list(palette.values()))
     return (
         "<section><h2>Likeness to real pictures against likeness to the prompt</h2><p>Joined "
-        "points say their guidance. Nothing measured is better in both than the front.</p>"
+        "points say their guidance. Nothing is better in both than what has a ring.</p>"
         f"{colour_key}{side_by_side(panels, 'large')}</section>"
     )
 

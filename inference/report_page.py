@@ -171,13 +171,14 @@ STYLE = """
 .charts.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 540px), 1fr)) }
 .beside { font-size: 10px }
 .guide { fill: none; stroke-width: 1.5; stroke-dasharray: 5 4; opacity: .8 }
+.ring { fill: none; stroke-width: 1 }
 .interval { stroke-width: 1.5; opacity: .55 }
 .key { font-size: 13px; margin: 6px 0 }
 header b, td b { color: var(--ink) } td small { color: var(--dim); white-space: nowrap }
 .wide { overflow-x: auto } .wide table { margin: 8px 0 }
 .wide th, .wide td { white-space: nowrap; padding-bottom: 4px }
 .pictures th, .pictures td { white-space: normal; padding-right: 6px; vertical-align: middle }
-.pictures tr > th:first-child { min-width: 170px; position: sticky; left: 0;
+.pictures tr > th:first-child { width: 190px; min-width: 190px; position: sticky; left: 0;
   background: var(--paper) }
 .pictures img, .pairs img { width: 96px; height: 96px; object-fit: contain; display: block;
   border-radius: 4px }

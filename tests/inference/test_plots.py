@@ -60,11 +60,30 @@ def test_everything_is_inside_the_frame(lines: list[list[tuple[float, float, flo
 
 def test_equal_factors_are_equal_distances_where_it_is_logarithmic() -> None:
     marks = [Mark(2.0**n, 1.0, "") for n in range(6)]
-    picture = drawn([Series("steps", marks)], logarithmic=True)
+    picture = drawn([Series("steps", marks)], log_x=True)
     places = [float(circle.attrib["cx"]) for circle in picture.findall("circle")]
     gaps = [b - a for a, b in itertools.pairwise(places)]
     assert max(gaps) - min(gaps) < 0.3
     assert min(gaps) > 60
+
+
+def test_heights_are_logarithmic_where_that_is_asked_and_shows_more() -> None:
+    def gaps(values: list[float], **options: bool) -> list[float]:
+        picture = drawn([Series("a", [Mark(n, y, "") for n, y in enumerate(values)])], **options)
+        heights = [float(circle.attrib["cy"]) for circle in picture.findall("circle")]
+        return [b - a for a, b in itertools.pairwise(heights)]
+
+    factors = gaps([64.0, 16.0, 4.0, 1.0], log_y=True)
+    assert max(factors) - min(factors) < 0.3
+    for even in (gaps([61.0, 41.0, 21.0, 1.0]), gaps([16.0, 11.0, 6.0, 1.0], log_y=True)):
+        assert max(even) - min(even) < 0.3
+
+
+def test_a_front_of_one_is_seen() -> None:
+    picture = drawn([Series("a", [Mark(0, 1, ""), Mark(1, 2, "")]), Series("front", (), [(1, 2)])])
+    (ring,) = picture.findall("circle[@class='ring']")
+    last = picture.findall("circle")[1]
+    assert (ring.attrib["cx"], ring.attrib["cy"]) == (last.attrib["cx"], last.attrib["cy"])
 
 
 def test_only_joined_marks_are_joined() -> None:
@@ -79,7 +98,7 @@ def test_only_joined_marks_are_joined() -> None:
 
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_one_mark_alone_is_drawn(logarithmic: bool) -> None:
-    (circle,) = drawn([Series("a", [Mark(4, 0, "")])], logarithmic=logarithmic).findall("circle")
+    (circle,) = drawn([Series("a", [Mark(4, 0, "")])], log_x=logarithmic).findall("circle")
     assert LEFT < float(circle.attrib["cx"]) < WIDTH - RIGHT
 
 

@@ -256,7 +256,7 @@ def test_the_front_and_the_line_to_infinity_are_drawn(tmp_path: Path) -> None:
     """Frechet falls from 20 to 14 and the score is 34, 29, 26, 25, 26, 29, 34: the last is all."""
     page = Page(write_report_page(tmp_path, made_up()))
     (trade,) = charts(page, "Likeness to real")
-    assert trade.count("<circle") == 7
+    assert trade.count("<title>") == 7
     (front,) = re.findall(r'class="guide"[^>]*d="M([^"]*)"', trade)
     assert front.count("L") == 0
     (bias,) = charts(page, "Against the number")
