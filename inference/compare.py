@@ -9,15 +9,14 @@ different ids are refused, with the first thing in which they differ.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inference.measured import SETTINGS, figures_of
 from latentdiff.errors import InputError, run_command
 from latentdiff.metrics.protocol import refuse_unlike
 from latentdiff.model_files import read_json
-
-SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "seed")
 
 
 def read_evaluation(run_dir: Path) -> dict[str, Any]:
@@ -32,18 +31,6 @@ def read_evaluation(run_dir: Path) -> dict[str, Any]:
     return results
 
 
-def shown_figures(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value with its interval) of every figure of an evaluation."""
-    intervals = results.get("intervals", {})
-    for name, value in results.items():
-        if isinstance(value, Mapping) and name not in ("fixed", "intervals"):
-            yield from shown_figures(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            ends = results.get(f"{name}_interval") or intervals.get(name)
-            between = f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else ""
-            yield f"{prefix}{name}", f"{value:.4g}{between}"
-
-
 def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table: a row for each figure, a column for each evaluation.
 
@@ -56,10 +43,9 @@ def table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["---"] * len(rows[0]))
     for name in SETTINGS:
         rows.append([name, *(str(e[name]) for e in evaluations)])
-    columns = [dict(shown_figures(e)) for e in evaluations]
+    columns = [{name: str(figure) for name, figure in figures_of(e)} for e in evaluations]
     for name in dict.fromkeys(name for column in columns for name in column):
-        if name not in SETTINGS:
-            rows.append([name, *(column.get(name, "") for column in columns)])
+        rows.append([name, *(column.get(name, "") for column in columns)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

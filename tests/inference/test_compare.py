@@ -37,9 +37,9 @@ def test_figures_stand_beside_each_other_with_their_intervals(
     assert capsys.readouterr().out.splitlines() == [
         "| p 0123456789ab | a | b |",
         "| --- | --- | --- |",
+        "| sampler | ddim | ddim |",
         "| num_inference_steps | 25 | 25 |",
         "| guidance_scale | 4.0 | 7.5 |",
-        "| sampler | ddim | ddim |",
         "| seed | 0 | 0 |",
         "| one.objects | 50 (9.45 to 90.55) | 50 (9.45 to 90.55) |",
         "| features.clip.frechet | 1.235 (1 to 2) | 2.5 |",
