@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from inference.sheet import labelled_sheet
 from latentdiff.errors import run_command
 from latentdiff.pipeline import TextToImage
+from latentdiff.sheet import labelled_sheet
 
 PROMPTS = (
     "a fox on a blue background",

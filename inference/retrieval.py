@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from inference.sheet import labelled_sheet
 from latentdiff.config import load_config
 from latentdiff.data.held_out import first_pairs
 from latentdiff.data.images import SourceConfig, open_source
@@ -32,6 +31,7 @@ from latentdiff.metrics.arrays import unit
 from latentdiff.metrics.clip_features import ClipConfig, ClipExtractor
 from latentdiff.model_files import staged_file, write_json
 from latentdiff.pipeline import TextToImage
+from latentdiff.sheet import labelled_sheet
 from latentdiff.vocabulary import UnknownWordWarning
 
 SHOWN = 48

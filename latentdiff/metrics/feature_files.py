@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from latentdiff.errors import InputError
-from latentdiff.metrics.identity import first_difference
+from latentdiff.metrics.identity import digest_of, first_difference
 from latentdiff.model_files import read_json, staged_file, write_json
 
 PIECE = 32
@@ -21,7 +21,7 @@ PIECE = 32
 class FeatureFiles:
     """One row of float32 for each picture under each name: NAME.npy in a folder.
 
-    Until all are there they stand in pieces/, whole or not at all. Processes share nothing but the
+    Until all are there they stand in pieces, whole or not at all. Processes share nothing but the
     folder and never wait for one another, so that any of them may be killed and the same command
     continues.
 
@@ -38,8 +38,8 @@ class FeatureFiles:
         self, folder: Path, count: int, widths: Mapping[str, int], identity: Mapping[str, Any]
     ) -> None:
         self.folder, self.count, self.widths = folder, count, dict(widths)
-        self._pieces = folder / "pieces"
         known, values = folder / "identity.json", {**identity, "widths": self.widths}
+        self._pieces = folder / f"pieces-{digest_of(values)[:16]}"
         if known.is_file() and (differs := first_difference(read_json(known), values)):
             raise InputError(
                 f"{folder} holds features of something else ({differs}); choose another directory, "

@@ -19,7 +19,6 @@ from PIL import Image
 
 from inference import evaluate
 from inference.evaluate import EvaluateConfig
-from inference.pages import sheet
 from latentdiff.config import load_yaml, save_yaml
 from latentdiff.data.scenes import (
     EmojiScenes,
@@ -32,6 +31,7 @@ from latentdiff.data.scenes import (
 from latentdiff.errors import InputError
 from latentdiff.metrics.features import TextExtractor, open_extractor
 from latentdiff.metrics.frechet import Moments, frechet_distance
+from latentdiff.metrics.pages import sheet
 from latentdiff.metrics.protocol import Protocol
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, Kind, prompt_for, shares
 from latentdiff.pipeline import TextToImage

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inference.rows import SHOWN, DrawnRows, picture_file
-from inference.sheet import labelled_sheet
 from latentdiff.metrics.neighbours import nearest
 from latentdiff.metrics.protocol import brought
 from latentdiff.metrics.references import Reference
+from latentdiff.metrics.rows import SHOWN, DrawnRows, picture_file
 from latentdiff.metrics.scene_accuracy import Verdict
 from latentdiff.model_files import staged_file
+from latentdiff.sheet import labelled_sheet
 
 SIDE = 128
 """Of pictures on a sheet, in pixels, about."""
