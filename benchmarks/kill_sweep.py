@@ -38,6 +38,7 @@ from latentdiff.rng import keyed_normal
 from training import checkpoints, loop
 from training.config import RunConfig, StepLosses, seeded
 from training.optimizers import OptimizerConfig
+from training.parallel import Wrapped
 
 STEPS, EVERY, KEPT = 13, 2, 2
 SAMPLES, BATCH, MICRO_BATCH = 26, 4, 2  # 6 steps an epoch
@@ -84,7 +85,7 @@ class Halving:
     def validation(self, forward: Callable[..., Any], device: torch.device, share: Share) -> None:
         return None
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
         return {}
 
     def samples(self, device: torch.device) -> Image.Image:

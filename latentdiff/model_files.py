@@ -180,14 +180,14 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
+def staged_directory(target: Path, known_by: str = "model_index.json") -> Iterator[Path]:
     """A new empty directory that becomes `target` when the block ends well, and else vanishes.
 
     Everything in it is on disk before the rename, so `target` is never half-written. An earlier
-    model at `target` gives way whole, and is back in its place if the new one cannot take it.
-    Raises InputError when something else is there.
+    one at `target`, which has a file `known_by`, gives way whole, and is back in its place if the
+    new one cannot take it; see restore_directory. Raises InputError when something else is there.
     """
-    if target.exists() and not (target / "model_index.json").is_file():
+    if target.exists() and not (target / known_by).is_file():
         if not target.is_dir() or any(target.iterdir()):
             raise InputError(f"{target} exists and is no model directory; choose another place.")
     staging = _beside(target)
@@ -210,6 +210,17 @@ def staged_directory(target: Path) -> Iterator[Path]:
         sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def restore_directory(target: Path) -> None:
+    """Undo what a kill in staged_directory left: an earlier directory that had given way is back in
+    its place, and what was staged is gone. For where no other process is at it.
+    """
+    for earlier in target.parent.glob(f".{target.name}.*.earlier"):
+        if not target.exists():
+            earlier.rename(target)
+    for left in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

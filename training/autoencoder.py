@@ -29,7 +29,7 @@ from latentdiff.rng import generator, keyed_normal
 from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
 from training.loop import make_accelerator, train
-from training.parallel import refuse_shards
+from training.parallel import Wrapped, means, refuse_shards
 from training.pictures import grid
 
 
@@ -187,11 +187,12 @@ class AutoencoderProgram:
         """None: samples and the PSNR at the end are of scenes that it never saw."""
         return None
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
         """PSNR of unseen scenes, in dB."""
-        pictures = self.unseen(256)[share.rank :: share.processes]
+        accelerator = wrapped.accelerator
+        pictures = self.unseen(256)[accelerator.process_index :: accelerator.num_processes]
         quality = psnr(reconstruct(self.network, pictures), pictures)
-        return {"evaluation/psnr": (float(quality.sum()), len(quality))}
+        return means(accelerator, {"evaluation/psnr": (float(quality.sum()), len(quality))})
 
     def samples(self, device: torch.device) -> Image.Image:
         """Scenes it never saw above their reconstructions."""

@@ -27,7 +27,7 @@ from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, to_network
 from training.loop import make_accelerator, train
 from training.pairs import FilePairs, Pairs, PicturesConfig, ScenePairs
-from training.parallel import refuse_shards
+from training.parallel import Wrapped, refuse_shards
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
 
@@ -170,10 +170,10 @@ class ClipProgram:
         """None: what it retrieves among unseen scenes is measured instead."""
         return None
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
         """Share of unseen captions that retrieve their own picture."""
-        right = self.retrieved(device)
-        return {"evaluation/retrieval": (float(right.sum()), len(right))}
+        right = self.retrieved(wrapped.accelerator.device)
+        return {"evaluation/retrieval": float(right.float().mean())}
 
     def retrieved(self, device: torch.device) -> Tensor:
         """Whether each of the unseen captions retrieves its own picture, [N]."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from latentdiff.config import Config
 from latentdiff.data.order import Share
 from training.optimizers import OptimizerConfig
+
+if TYPE_CHECKING:
+    from training.parallel import Wrapped
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What mixed_precision computes in."""
@@ -49,7 +52,7 @@ class RunConfig(Config):
     validate_every: int | None = Field(default=None, gt=0)
     """Steps between losses on held-out data, where there are any; by default as samples."""
     evaluate_every: int | None = Field(default=None, gt=0)
-    """Steps between evaluations of what the averaged weights draw; none by default."""
+    """Steps between evaluations of the averaged weights; none by default."""
     log_every: int = Field(default=20, gt=0)
     """Steps between lines in the log; figures are means over the steps between."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -98,8 +101,8 @@ class StepLosses:
 class Program(Protocol):
     """What a training program hands to the loop.
 
-    samples, evaluate and validation run on every process with the same number of calls of the
-    network, so that a sharded one can run them.
+    samples and validation run on every process with the same number of calls of the network, so
+    that a sharded one can run them.
     """
 
     @property
@@ -130,8 +133,10 @@ class Program(Protocol):
     def samples(self, device: torch.device) -> Image.Image:
         """A picture of what the network can do; called with the averaged weights in it."""
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
-        """Figures of what the averaged weights draw, as (sum, count) over this process's share."""
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
+        """Figures after `done` steps, called evaluation/..., the same on every process, all of
+        which call it, with the averaged weights in the network.
+        """
 
     def finish(self, directory: Path, device: torch.device) -> None:
         """Write the finished model; called once with the averaged weights in the network."""

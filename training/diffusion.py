@@ -5,33 +5,37 @@ accelerate launch -m training.diffusion --config configs/emoji/diffusion.yaml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentdiff.checkpoint import save_model
-from latentdiff.config import load_config
+from latentdiff.config import load_config, load_yaml
 from latentdiff.data.order import Plan, Share
 from latentdiff.data.store import LOCAL_BYTES
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.errors import InputError, run_command
-from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for
+from latentdiff.errors import run_command
+from latentdiff.metrics.evaluation import open_protocol
+from latentdiff.metrics.protocol import Protocol
 from latentdiff.pipeline import TextToImage
 from training.assemble import PartsConfig, assemble
 from training.config import StepLosses
 from training.data import launched, planned_orders, prefetch
 from training.encoder import tensors_digest
+from training.evaluation import BestConfig, Evaluations
 from training.latents import Batch, CachedLatents, Latents, LiveConfig, LiveLatents
 from training.loop import make_accelerator, train
 from training.lora import LoRAConfig, attach, save_lora
 from training.network import Text, TextToLatents
 from training.objective import ObjectiveConfig
+from training.parallel import Wrapped
 from training.pictures import grid
 from training.takedown import (
     HELD_OUT,
@@ -70,14 +74,25 @@ class DiffusionConfig(PartsConfig):
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     """What the sample grids show."""
     sample_guidance_scale: float = Field(default=4.0, ge=1)
-    """Guidance scale of the sample grids and of evaluations."""
-    evaluation_prompts: int = Field(default=64, gt=0)
-    """Scenes of each kind that an evaluation asks for."""
+    """Guidance scale of the sample grids."""
+    evaluation: Path | None = None
+    """The protocol's YAML file, such as one of configs/protocols/, by which the averaged weights
+    are measured every evaluate_every steps."""
+    best: BestConfig | None = None
+    """Keep the model that an evaluation found best so far, in run_dir/best; none by default."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DiffusionConfig:
         if (self.cache is None) == (self.images is None):
             raise ValueError("name either a cache or images to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> DiffusionConfig:
+        if self.evaluate_every is not None and self.evaluation is None:
+            raise ValueError("evaluate_every needs a protocol in evaluation")
+        if self.best is not None and self.evaluate_every is None:
+            raise ValueError("best is of evaluations; set evaluate_every")
         return self
 
 
@@ -109,8 +124,11 @@ class DiffusionProgram:
             removal = self.removal_from(self.held_out, self.held_out_plan, HELD_OUT)
             removal.begin(0, write=launched()[0] == 0)
             self.held_out.removal = removal
-        if config.evaluate_every and parts.vocabulary is None:
-            raise InputError("evaluate_every is for models of emoji scenes; name the scenes.")
+        self.evaluations: Evaluations | None = None
+        if config.evaluate_every and config.evaluation is not None:
+            protocol = load_yaml(Protocol, config.evaluation)
+            open_protocol(protocol, parts)  # what is missing is missed now
+            self.evaluations = Evaluations(config.run_dir, protocol, config.best, self.finish)
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
         self.removal = self.latents.removal = self.removal_from(self.latents, self.plan, RECORD)
         self.network = TextToLatents(parts, config.train_text_encoder)
@@ -207,34 +225,34 @@ class DiffusionProgram:
     def draw(
         self, prompts: list[str], seeds: list[int], device: torch.device, each: int = 1
     ) -> list[Image.Image]:
-        """`each` pictures of each prompt; where a cache serves, the VAE waits on the CPU."""
-        place = next(self.parts.autoencoder.parameters()).device
-        self.parts.autoencoder.to(device)
-        pictures = TextToImage(self.parts).generate(
-            prompts,
-            num_images_per_prompt=each,
-            guidance_scale=self.config.sample_guidance_scale,
-            seed=seeds,
-        )
-        self.parts.autoencoder.to(place)
+        """`each` pictures of each prompt."""
+        with self.pipeline(device) as model:
+            pictures = model.generate(
+                prompts,
+                num_images_per_prompt=each,
+                guidance_scale=self.config.sample_guidance_scale,
+                seed=seeds,
+            )
         assert isinstance(pictures, list)
         return pictures
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
-        """Object accuracy on scenes, by kind: right objects, in place, background."""
-        vocabulary = self.parts.vocabulary
-        assert vocabulary is not None
-        judge, figures = Judge(vocabulary), {}
-        count = -(-self.config.evaluation_prompts // share.processes)
-        for kind in KINDS:
-            scenes = kind.scenes(vocabulary, count * share.processes)
-            numbers = range(share.rank, len(scenes), share.processes)
-            asked = [scenes[number] for number in numbers]
-            pictures = self.draw([prompt_for(scene) for scene in asked], list(numbers), device)
-            verdicts = judge.all(map(np.asarray, pictures), asked)
-            right = sum(verdict.in_place for verdict in verdicts)
-            figures[f"evaluation/{kind.name}"] = float(right), count
-        return figures
+    @contextmanager
+    def pipeline(self, device: torch.device, name: str = "") -> Iterator[TextToImage]:
+        """What users run; where a cache serves, the VAE is on the CPU before and after."""
+        autoencoder = self.parts.autoencoder
+        place = next(autoencoder.parameters()).device
+        autoencoder.to(device)
+        try:
+            yield TextToImage(dataclasses.replace(self.parts, directory=None, name=name))
+        finally:
+            autoencoder.to(place)
+
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
+        """What the pictures measure by the protocol; see Evaluations."""
+        assert self.evaluations is not None
+        name = f"{self.config.run_dir.resolve().name}, step {done}"
+        with self.pipeline(wrapped.accelerator.device, name) as model:
+            return self.evaluations(done, model, wrapped)
 
     def finish(self, directory: Path, device: torch.device) -> None:
         """A model directory; or the LoRA, one file in diffusers' naming."""

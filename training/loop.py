@@ -34,7 +34,7 @@ from training.faults import (
 from training.flops import FlopMeter
 from training.monitor import Monitor
 from training.optimizers import make_optimizer
-from training.parallel import agreed, parallelize
+from training.parallel import agreed, means, parallelize
 
 LOST = timedelta(minutes=30)
 """How long a process waits for another before it gives it up for lost."""
@@ -147,6 +147,9 @@ class Run:
         steps = range(self.start, config.max_steps)
         batches = self.program.batches(steps, self.share)
         agreement = Agreement(self.accelerator)
+        if self.start:  # a kill may have come in the middle of it
+            with self.monitor.pause():
+                self.evaluate(self.start, last=self.start == config.max_steps)
         with stop_on_signals() as asked, closing(batches):
             for step, micro_batches in zip(steps, self.monitor.timed(batches), strict=True):
                 self.step(step, micro_batches)
@@ -212,10 +215,7 @@ class Run:
         with self.monitor.pause():
             if last or done % config.validation_interval == 0:
                 self.monitor.record(done, self.validation())
-            if config.evaluate_every and (last or done % config.evaluate_every == 0):
-                with self.ema.weights_in(), torch.no_grad():
-                    figures = self.program.evaluate(accelerator.device, self.share)
-                self.monitor.record(done, self.means(figures))
+            self.evaluate(done, last)
             if last or done % config.sample_every == 0:
                 with self.ema.weights_in(), torch.no_grad():
                     picture = self.program.samples(accelerator.device)
@@ -245,14 +245,16 @@ class Run:
                     averaged = program.validation(self.wrapped.forward, device, self.share)
                 assert averaged is not None
                 sums[f"validation/loss_ema_{decay}"] = averaged
-        return self.means(sums)
+        return means(self.accelerator, sums)
 
-    def means(self, sums: dict[str, tuple[float, int]]) -> dict[str, float]:
-        """(sum, count) over each process's share -> means over all of them."""
-        device = self.accelerator.device
-        totals = torch.tensor(list(sums.values()), dtype=torch.float64).reshape(-1, 2)
-        totals = self.accelerator.reduce(totals.float().to(device), "sum")
-        return {name: float(total[0] / total[1]) for name, total in zip(sums, totals, strict=True)}
+    def evaluate(self, done: int, last: bool) -> None:
+        """Measure the averaged weights after `done` steps, where that is due and was not done."""
+        every = self.config.evaluate_every
+        if not every or (done % every and not last) or self.monitor.has(done, "evaluation"):
+            return
+        with self.ema.weights_in(), torch.no_grad():
+            figures = self.program.evaluate(done, self.wrapped)
+        self.monitor.record(done, figures)
 
     def finish(self, directory: Path) -> None:
         """Write the finished model, with the first of the averages in it."""

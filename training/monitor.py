@@ -22,6 +22,7 @@ from latentdiff.errors import InputError
 from latentdiff.model_files import staged_file
 from training.config import DTYPES, RunConfig, StepLosses
 from training.flops import FlopMeter, peak_flops
+from training.parallel import agreed
 from training.report import METRICS, write_report
 
 BANDS = 10
@@ -192,6 +193,15 @@ class Monitor:
                 write_report(self.config.run_dir)
             self.page_written = time.perf_counter()
             self.page_seconds = self.page_written - start
+
+    def has(self, done: int, group: str) -> bool:
+        """Whether figures called group/... were written for the first `done` steps."""
+        found = False
+        if self.is_main and self.metrics.exists():
+            with self.metrics.open("rb") as lines:
+                name = f'"{group}/'.encode()
+                found = any(name in line and _step(line) == done for line in lines)
+        return agreed(self.accelerator, found)
 
     def _gathered(self) -> dict[str, float]:
         """All figures of the window, by one collective; the device's work is done when it is."""

@@ -159,6 +159,24 @@ class Wrapped:
             for module, name, parameter in sharded:
                 module.register_parameter(name, parameter)
 
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Inside the block every process has the whole network on its device and may run it, or
+        not, without the others. Every process enters.
+
+        For measuring: nothing may be moved, saved or trained inside.
+        """
+        units = [unit for unit in self.network.modules() if isinstance(unit, FSDPModule)]
+        try:
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+
 
 T = TypeVar("T")
 
@@ -170,6 +188,13 @@ def agreed(accelerator: Accelerator, value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=accelerator.device)
     return values[0]
+
+
+def means(accelerator: Accelerator, sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """(sum, count) over each process's share -> means over all of them, on every process."""
+    totals = torch.tensor(list(sums.values()), dtype=torch.float64).reshape(-1, 2)
+    totals = accelerator.reduce(totals.float().to(accelerator.device), "sum")
+    return {name: float(total[0] / total[1]) for name, total in zip(sums, totals, strict=True)}
 
 
 def _copy(value: Tensor, into: Tensor | None) -> Tensor:

@@ -38,7 +38,8 @@ TITLES = {
     "data_wait": "Time spent waiting for data",
     "peak_memory_gib": "Peak memory, GiB",
 }
-"""Panels in their order; figures called a/b share panel a, others have one of their own."""
+"""Panels in their order; figures called a/b share panel a, others have one of their own. Those of
+evaluations called evaluation/a.b share the panel of b."""
 
 FROM_ZERO = ("learning_rate", "images_per_second", "mfu", "data_wait", "peak_memory_gib")
 
@@ -120,6 +121,9 @@ def _panels(curves: dict[str, list[tuple[float, float]]]) -> str:
     panels: dict[str, dict[str, Curve]] = {}
     for name, curve in curves.items():
         group, _, member = name.partition("/")
+        if group == "evaluation" and "." in member:
+            member, _, figure = member.rpartition(".")
+            group = f"Evaluation: {figure}"
         panels.setdefault(group, {})[member or group] = curve
     order = [group for group in TITLES if group in panels]
     order += [group for group in panels if group not in TITLES]

@@ -29,6 +29,7 @@ from training.data import planned_orders
 from training.faults import STOPPED, NotFiniteError
 from training.loop import check_compiler, make_accelerator
 from training.optimizers import OptimizerConfig
+from training.parallel import Wrapped
 
 STEPS = 12
 
@@ -92,10 +93,9 @@ class Denoising:
         losses = self.losses(forward, self.batch(0, [-1, -2, -3]), device)
         return 3 * float(losses.loss), 3
 
-    def evaluate(self, device: torch.device, share: Share) -> dict[str, tuple[float, int]]:
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
         assert not self.network.training
-        weight = self.network[0].get_parameter("weight")
-        return {"evaluation/weight": (float(weight.sum()), weight.numel())}
+        return {"evaluation/weight": float(self.network[0].get_parameter("weight").mean())}
 
     def samples(self, device: torch.device) -> Image.Image:
         assert not self.network.training
@@ -247,6 +247,40 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     parts = train(Denoising(config(tmp_path / "parts", checkpoint_every=100)))
     assert contents(last(tmp_path / "parts")) == contents(last(tmp_path / "whole"))
     assert whole.finished == parts.finished == 1
+
+
+class Measured(Denoising):
+    """Is killed in the evaluation after `fatal` steps."""
+
+    def __init__(self, config: RunConfig, fatal: int | None = None) -> None:
+        super().__init__(config)
+        self.fatal, self.measured = fatal, list[int]()
+
+    def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
+        if done == self.fatal:
+            raise Killed
+        self.measured.append(done)
+        return super().evaluate(done, wrapped)
+
+
+@pytest.mark.parametrize("fatal", [4, STEPS])
+def test_an_evaluation_that_was_killed_is_done_after_all(tmp_path: Path, fatal: int) -> None:
+    """Though the checkpoint of its step was written before it; and none is done twice."""
+    options = config(tmp_path / "parts", evaluate_every=4)
+    with pytest.raises(Killed):
+        train(Measured(options, fatal))
+    assert last(tmp_path / "parts").name == f"step-{fatal:06d}"
+    assert train(Measured(options)).measured == [*range(fatal, STEPS + 1, 4)]
+    train(Denoising(config(tmp_path / "whole", evaluate_every=4)))
+    figure = "evaluation/weight"
+    parts, whole = (
+        [(row["step"], row[figure]) for row in metrics(tmp_path / name) if figure in row]
+        for name in ("parts", "whole")
+    )
+    assert parts == whole
+    assert [step for step, _ in whole] == [4, 8, 12]
+    further = config(tmp_path / "parts", evaluate_every=4, max_steps=14)
+    assert train(Measured(further)).measured == [14]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:

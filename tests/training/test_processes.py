@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from latentdiff.checkpoint import load_model
+from latentdiff.model_files import read_json
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -29,9 +31,9 @@ OPTIONS = {
     "sample_every": STEPS,
     "validate_every": 6,
     "validation_samples": 8,
-    "evaluate_every": STEPS,
-    "evaluation_prompts": 4,
 }
+
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def launch(processes: int, arguments: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -57,14 +59,19 @@ class Runs:
     def __init__(self, chain: Any, root: Path) -> None:
         self.chain, self.root = chain, root
 
+    def options(self, name: str) -> dict[str, Any]:
+        options = {"run_dir": self.root / name} | OPTIONS
+        if name.startswith("measured"):
+            options |= {"evaluate_every": STEPS, "evaluation": self.root / "protocol.yaml"}
+            options |= {"best__figure": "features.clip.clip_score"}
+        return options | {"validation_cache": self.chain.run_dir("cache_latents")}
+
     def arguments(self, name: str) -> list[str]:
-        options = OPTIONS | {"validation_cache": self.chain.run_dir("cache_latents")}
-        words: list[str] = self.chain.arguments("diffusion", run_dir=self.root / name, **options)
+        words: list[str] = self.chain.arguments("diffusion", **self.options(name))
         return words
 
     def alone(self, name: str) -> None:
-        options = OPTIONS | {"validation_cache": self.chain.run_dir("cache_latents")}
-        self.chain.run("diffusion", run_dir=self.root / name, **options)
+        self.chain.run("diffusion", **self.options(name))
 
     def together(self, name: str, processes: int, **environment: str) -> None:
         with launch(processes, self.arguments(name), **environment) as run:
@@ -76,6 +83,11 @@ class Runs:
         checkpoint = Path("checkpoints", f"step-{step:06d}")
         shutil.copytree(self.root / before / checkpoint, self.root / name / checkpoint)
         shutil.copy(self.root / before / "metrics.jsonl", self.root / name)
+
+    def last_line(self, name: str) -> dict[str, Any]:
+        lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
 
     def curve(self, name: str, figure: str) -> dict[int, float]:
         lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
@@ -89,7 +101,6 @@ class Runs:
             assert list(curve) == list(expected) != []
             assert curve == pytest.approx(expected, rel=1e-5), figure
         assert len(self.curve(name, "loss")) == STEPS
-        assert self.curve(name, "evaluation/one") == self.curve(other, "evaluation/one")
         mine, theirs = (
             load_file(self.root / run / "checkpoints" / "step-000012" / "network.safetensors")
             for run in (name, other)
@@ -122,8 +133,8 @@ def test_a_run_goes_from_two_processes_to_one_to_four(runs: Runs) -> None:
 
 
 def test_shards_are_replicas(runs: Runs) -> None:
-    """FSDP2, which samples, evaluates and saves the finished model as well."""
-    runs.together("shards", 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    """FSDP2, which samples and saves the finished model as well."""
+    runs.together("shards", 2, **SHARDS)
     runs.check_like("shards", "two")
     mine, theirs = (load_model(runs.root / name / "model") for name in ("shards", "two"))
     for name, value in mine.unet.state_dict().items():
@@ -132,10 +143,51 @@ def test_shards_are_replicas(runs: Runs) -> None:
     assert (runs.root / "shards" / grid).is_file()
 
 
+@pytest.fixture(scope="module")
+def measured(runs: Runs) -> Runs:
+    """What one process measures of finished training: the weights of a checkpoint, to the bit."""
+    (runs.root / "protocol.yaml").write_text(
+        "{name: quick, count: 18, num_inference_steps: 2, features: [{type: clip}], "
+        "prompts: {type: scenes, kinds: [one, two_held_out]}, "
+        "reference: {type: renders, count: 6}}"
+    )
+    runs.continued("measured", "one", STEPS)
+    runs.alone("measured")
+    return runs
+
+
+@pytest.mark.parametrize("environment", [{}, SHARDS], ids=["replicas", "shards"])
+def test_two_processes_measure_what_one_does(measured: Runs, environment: dict[str, str]) -> None:
+    """A piece each, where one makes both; and the best is the same model."""
+    name = f"measured by {'shards' if environment else 'replicas'}"
+    measured.continued(name, "one", STEPS)
+    measured.together(name, 2, **environment)
+    mine, theirs = (measured.root / run for run in (name, "measured"))
+    folder = Path("evaluations", f"step-{STEPS:06d}")
+    rows = sorted(path.name for path in (theirs / folder / "drawn").glob("*.npy"))
+    assert rows == ["clip.npy", "clip_text.npy", "scenes.npy"]
+    for file in rows:
+        found, expected = (np.load(run / folder / "drawn" / file) for run in (mine, theirs))
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    figures = [key for key in measured.last_line("measured") if key.startswith("evaluation/")]
+    assert {"evaluation/one.objects", "evaluation/features.clip.frechet"} <= {*figures}
+    for figure in figures:
+        expected = pytest.approx(measured.curve("measured", figure), rel=1e-3, abs=1e-4)
+        assert measured.curve(name, figure) == expected, figure
+    bests = [json.loads((run / "best" / "best.json").read_text()) for run in (mine, theirs)]
+    assert bests[0].pop("value") == pytest.approx(bests[1].pop("value"), rel=1e-4)
+    assert bests[0] == bests[1]
+    file = Path("unet", "diffusion_pytorch_model.safetensors")
+    assert (mine / "best" / file).read_bytes() == (theirs / "best" / file).read_bytes()
+    identities = [read_json(run / folder / "drawn" / "identity.json") for run in (mine, theirs)]
+    assert identities[0] == identities[1]
+
+
 def test_a_lost_process_ends_the_others_promptly(runs: Runs) -> None:
     """Not after the ten minutes that a silent one is waited for."""
     arguments = [*runs.arguments("lost"), "--max_steps", "100000", "--sample_every", "100000"]
-    arguments += ["--validate_every", "100000", "--evaluate_every", "100000"]
+    arguments += ["--validate_every", "100000"]
     with launch(2, arguments) as run:
         checkpoints = runs.root / "lost" / "checkpoints"
         end = time.monotonic() + 300

@@ -39,6 +39,18 @@ def test_it_shows_the_newest_figures_and_every_curve(tmp_path: Path) -> None:
     assert "1.0" not in re.findall(r"\d\.\d", "".join(page.all("svg", "aria-label")))
 
 
+def test_figures_of_evaluations_have_a_panel_for_each_kind(tmp_path: Path) -> None:
+    folder = run(tmp_path / "r")
+    names = ("one.objects", "two.objects", "features.clip.frechet", "weight")
+    line = {"step": 40, "time": 1.7e9} | {f"evaluation/{name}": 1.5 for name in names}
+    with (folder / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+    page = Page(write_report(folder))
+    assert page.source.count("<svg") == 8
+    for words in ("Evaluation: objects", "Evaluation: frechet", "features.clip"):
+        assert words in page.text
+
+
 def test_nothing_in_it_is_fetched_from_elsewhere(tmp_path: Path) -> None:
     folder = run(tmp_path / "r")
     for step in range(20):
