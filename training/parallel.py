@@ -244,14 +244,20 @@ def parallelize(
     # Now, for UNet.condition may come before the first forward.
     fully_shard.state(network)._lazy_init()  # type: ignore[attr-defined]
     if dtype != torch.float32:
-        forward = network.forward
-
-        def autocast(*args: Any, **kwargs: Any) -> Any:
-            with accelerator.autocast():
-                return forward(*args, **kwargs)
-
-        network.forward = convert_outputs_to_fp32(autocast)  # type: ignore[method-assign]
+        for unit in network.modules():
+            if unit is network or isinstance(unit, UNet):  # pictures are drawn by the U-Net alone
+                unit.forward = autocast(unit.forward, accelerator)  # type: ignore[method-assign]
     return Wrapped(network, network, accelerator)
+
+
+def autocast(forward: Callable[..., Any], accelerator: Accelerator) -> Callable[..., Any]:
+    """A forward that computes in mixed precision, and returns fp32."""
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    return convert_outputs_to_fp32(cast)  # type: ignore[no-any-return]
 
 
 def refuse_shards(program: str) -> None:

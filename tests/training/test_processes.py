@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ class Runs:
     def alone(self, name: str) -> None:
         self.chain.run("diffusion", **self.options(name))
 
-    def together(self, name: str, processes: int, **environment: str) -> None:
-        with launch(processes, self.arguments(name), **environment) as run:
+    def together(
+        self, name: str, processes: int, more: Sequence[str] = (), **environment: str
+    ) -> None:
+        with launch(processes, [*self.arguments(name), *more], **environment) as run:
             _, errors = run.communicate(timeout=600)
         assert run.returncode == 0, errors[-4000:]
 
@@ -182,6 +185,22 @@ def test_two_processes_measure_what_one_does(measured: Runs, environment: dict[s
     assert (mine / "best" / file).read_bytes() == (theirs / "best" / file).read_bytes()
     identities = [read_json(run / folder / "drawn" / "identity.json") for run in (mine, theirs)]
     assert identities[0] == identities[1]
+
+
+def test_shards_in_half_precision_draw_and_measure(measured: Runs) -> None:
+    """In the arithmetic that large networks are trained in, and then go on."""
+    name = "measured in bf16"
+    measured.continued(name, "one", 8)
+    more = ["--mixed_precision", "bf16", "--evaluate_every", "10"]
+    measured.together(name, 2, more, **SHARDS)
+    assert (measured.root / name / "samples" / f"step-{STEPS:06d}.png").is_file()
+    assert list(measured.curve(name, "evaluation/one.objects")) == [10, STEPS]
+    rows = [
+        np.load(measured.root / run / "evaluations" / f"step-{STEPS:06d}" / "drawn" / "clip.npy")
+        for run in (name, "measured")
+    ]
+    lengths = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
+    assert ((rows[0] * rows[1]).sum(axis=1) > 0.95 * lengths).all()
 
 
 def test_a_lost_process_ends_the_others_promptly(runs: Runs) -> None:
