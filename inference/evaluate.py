@@ -22,7 +22,7 @@ from latentdiff.config import Config, load_config, load_yaml, parse
 from latentdiff.drawing import BATCH
 from latentdiff.errors import run_command
 from latentdiff.metrics import evaluation
-from latentdiff.metrics.evaluation import evaluate_protocol as evaluate_protocol
+from latentdiff.metrics.evaluation import evaluate_protocol
 from latentdiff.metrics.feature_files import PIECE
 from latentdiff.metrics.protocol import Protocol
 from latentdiff.pipeline import TextToImage

@@ -11,26 +11,25 @@ opens without a server, and moves together with its directory.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from inference.evaluate import DTYPES, EvaluateConfig, Place, evaluate_protocol
+from inference.evaluate import DTYPES, EvaluateConfig, Place
 from inference.measured import SETTINGS
 from inference.report_page import write_report_page
 from latentdiff.config import Config, load_config
 from latentdiff.errors import InputError, run_command
 from latentdiff.hub import BUNDLED
+from latentdiff.metrics.evaluation import evaluate_protocol
 from latentdiff.metrics.feature_files import PIECE
 from latentdiff.metrics.prompts import Prompts, open_prompts
 from latentdiff.metrics.protocol import Protocol, refuse_unlike
 from latentdiff.model_files import staged_file, write_json
 from latentdiff.pipeline import TextToImage
 from latentdiff.request import check_sampler
-from latentdiff.vocabulary import UnknownWordWarning
 
 SHOWN = 24
 """Prompts whose pictures are on the page."""
@@ -153,20 +152,18 @@ def report(config: ReportConfig) -> Path | None:
     planned = len(config.models) * len(protocols)
     told: dict[str, Any] = {}
     page = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnknownWordWarning)
-        for point in evaluations(config, protocols):
-            results, prompts = point["results"], point.pop("prompts")
-            if not told:
-                first = results
-                told = {name: results[name] for name in ("protocol", "id", "fixed", "pictures")}
-                told |= {"planned": planned, "points": [], "prompts": shown(prompts)}
-            refuse_unlike(first, results)
-            point["results"] = {name: v for name, v in results.items() if name != "fixed"}
-            told["points"].append(point)
-            with staged_file(config.run_dir / "report.json") as path:
-                write_json(told, path)
-            page = write_report_page(config.run_dir, told)
+    for point in evaluations(config, protocols):
+        results, prompts = point["results"], point.pop("prompts")
+        if not told:
+            first = results
+            told = {name: results[name] for name in ("protocol", "id", "fixed", "pictures")}
+            told |= {"planned": planned, "points": [], "prompts": shown(prompts)}
+        refuse_unlike(first, results)
+        point["results"] = {name: v for name, v in results.items() if name != "fixed"}
+        told["points"].append(point)
+        with staged_file(config.run_dir / "report.json") as path:
+            write_json(told, path)
+        page = write_report_page(config.run_dir, told)
     return page
 
 

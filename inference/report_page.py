@@ -26,8 +26,8 @@ from inference.report_curves import (
     settings_that_vary,
     trade,
 )
-from inference.rows import picture_file
 from latentdiff.charts import short
+from latentdiff.metrics.rows import picture_file
 from latentdiff.page import options, tiles, write_page
 
 Report = Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""A package, so that `tests` is found here: torch-fidelity installs one of that name."""
