@@ -53,10 +53,13 @@ def short(value: float) -> str:
     """Four digits that say the most: 12,000 as 12k, 0.0000153 as 1.53e-05."""
     if value == 0:
         return "0"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
-    return f"{value:.3g}" if abs(value) < 1e-3 else f"{value:.4g}"
+    if abs(value) < 1e-3 or not math.isfinite(value):
+        return f"{value:.3g}"
+    value = float(f"{value:.4g}")
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
 
 
 @dataclass(frozen=True)

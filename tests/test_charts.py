@@ -67,7 +67,11 @@ def test_a_curve_over_decades_is_logarithmic() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0, "0"), (12_000, "12k"), (2_500_000, "2.5M"), (0.10871, "0.1087"), (1.53e-5, "1.53e-05")],
-)
+    [
+        (0, "0"), (12_000, "12k"), (2_500_000, "2.5M"), (0.10871, "0.1087"), (1.53e-5, "1.53e-05"),
+        (9999.4, "9999"), (9999.7, "10k"), (-9999.7, "-10k"), (999_949, "999.9k"), (999_999, "1M"),
+        (999_999_999, "1G"), (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"),
+    ],
+)  # fmt: skip
 def test_numbers_are_short(value: float, expected: str) -> None:
     assert short(value) == expected

@@ -9,7 +9,9 @@ from typing import Any
 
 
 def digest_of(values: Any) -> str:
-    """sha256 over canonical JSON: sorted keys, no spaces, no difference between 1 and 1.0."""
+    """sha256 over canonical JSON: sorted keys, no spaces, no difference between 1 and 1.0, nor
+    between a key that is null and one that is not there.
+    """
     words = json.dumps(_plain(values), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(words.encode()).hexdigest()
 
@@ -28,7 +30,7 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     whole = isinstance(value, float) and value.is_integer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from latentdiff.errors import InputError
 from latentdiff.metrics.arrays import Features, blocks
 
 BLOCK_VALUES = 1 << 24
+"""Of a block of rows, and of the scores of one block with another."""
 NEAR = 0.01
 
 
@@ -28,16 +30,17 @@ def nearest(queries: Features, training: Features) -> Neighbours:
     """The nearest of M training rows to each of N others, in features or in pixels.
 
     queries, training: [N, ...] and [M, ...] of rows of one shape, such as features [N, D] or
-    pictures uint8 [N, 3, H, W]. Rows are compared in float64, in blocks of at most 128 MiB, so
-    memory is flat; time 2 N M D flops. Raises InputError when the rows are of different shapes,
-    there are no training rows, or a value is not finite.
+    pictures uint8 [N, 3, H, W]. Rows are compared in float64. Memory is flat: a block of each and
+    their scores, of at most 128 MiB each; time 2 N M D flops. Raises InputError when rows differ
+    in shape, there are no training rows, or a value is not finite.
     """
     if tuple(queries.shape[1:]) != tuple(training.shape[1:]) or not training.shape[0]:
         raise InputError(
             f"Rows of {list(queries.shape)} and {list(training.shape)} do not compare; both must "
             "be of one shape, and there must be training rows."
         )
-    size = max(1, BLOCK_VALUES // max(1, int(np.prod(training.shape[1:]))))
+    width = max(1, int(np.prod(training.shape[1:])))
+    size = max(1, min(BLOCK_VALUES // width, math.isqrt(BLOCK_VALUES)))
     found = [_nearest(_flat(block), training, size) for block in blocks(queries, size)]
     return Neighbours(
         np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in found)]),
@@ -52,7 +55,9 @@ def _nearest(queries: np.ndarray, training: Features, size: int) -> tuple[np.nda
     rows = np.zeros(len(queries), np.int64)
     first = 0
     for block in map(_flat, blocks(training, size)):
-        scores = np.square(block).sum(axis=1) - 2 * queries @ block.T
+        scores = queries @ block.T
+        scores *= -2
+        scores += np.einsum("nd,nd->n", block, block)
         here = scores.argmin(axis=1)
         nearer = scores[places, here] < best
         best[nearer] = scores[places, here][nearer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from latentdiff.model_files import file_digest
 from latentdiff.request import MAX_PROMPT_CHARACTERS
 
 MAX_FILE_BYTES = 1 << 30
+GROUP_NAME = re.compile(r"\w[\w .-]*")
+"""Names of categories are names of files: the sheets of their pictures."""
 JUDGED_BY = ("resolution", "sizes", "pair_sizes", "concepts", "backgrounds")
 """What of scenes' configuration the recogniser and the renderer work with."""
 
@@ -137,6 +140,8 @@ def open_prompts(
         if group == "" and len(texts) == count:  # there is one group, and it is full
             break
     for group, texts in grouped.items():
+        if group and not texts:
+            raise InputError(f"All captions of {group} at {where} are empty; leave its rows out.")
         if count is not None and len(texts) < count:
             named = f" of {group}" if group else ""
             raise InputError(f"{where} has {len(texts)} captions{named} and not {count}.")
@@ -203,12 +208,27 @@ def _rows(config: FilePrompts) -> list[tuple[str, str]]:
             table = pq.read_table(path)
         missing = [name for name in names if name not in table.column_names]
         columns = [table[name].to_pylist() for name in names if not missing]
-    except (ValueError, TypeError, AttributeError, pa.ArrowException, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        pa.ArrowException,
+        RecursionError,
+    ) as error:
         raise InputError(f"{path} cannot be read as captions ({error}).") from None
     if missing:
         raise InputError(f"{path} has no column {missing[0]!r}; set column and group_column.")
     groups = columns[1] if len(columns) > 1 else [""] * len(columns[0])
-    rows = [(text or "", group) for text, group in zip(columns[0], groups, strict=True)]
+    rows = [(text or "", group or "") for text, group in zip(columns[0], groups, strict=True)]
     if not all(isinstance(text, str) for row in rows for text in row):
         raise InputError(f"The columns {names} of {path} hold other things than texts.")
+    if config.group_column is not None:
+        for number, (_, group) in enumerate(rows, start=1):
+            if not GROUP_NAME.fullmatch(group):
+                raise InputError(
+                    f"The category of row {number} of {path}, {group[:40]!r}, is no name; name "
+                    "each with letters, digits, underscores and, after the first of them, spaces, "
+                    "dots and dashes."
+                )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,19 @@ def test_pictures_and_memory_maps_are_searched_as_they_are(tmp_path: Path) -> No
     assert found.rows.tolist() == [7, 31]
     changed = abs(int(pictures[1, 0, 0, 0]) - int(training[31, 0, 0, 0]))
     assert found.distances.tolist() == [0, changed]
+
+
+def test_memory_is_that_of_blocks_however_many_rows_and_few_values() -> None:
+    queries = np.random.default_rng(0).normal(size=(3000, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "BLOCK_VALUES", 1 << 14)
+        tracemalloc.start()
+        found = nearest(queries, queries)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert found.distances.max() == 0
+    # Numbers and distances of the rows, in parts and whole; three blocks of 128 KiB; and change.
+    assert peak < 6 * 8 * 3000 + 4 * 8 * (1 << 14) + 100_000
 
 
 def test_the_first_of_equals_is_named() -> None:

@@ -106,6 +106,48 @@ def test_what_holds_no_captions_is_refused(tmp_path: Path, name: str, content: b
         open_prompts(prompts_config(type="file", path=tmp_path / name), None)
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("a", "x"), ("b", ""), ("c", "x")], "category of row 2 of"),
+        ([("a", "x"), ("b", None)], "category of row 2 of"),
+        ([("a", "x"), ("b", "../x")], r"row 2 of .*'\.\./x', is no name"),
+        ([("a", "x"), ("b", "a/b")], "row 2 of"),
+        ([("a", "x"), ("b", ".x")], "row 2 of"),
+        ([("a", "x"), ("b", "x\n")], "row 2 of"),
+        ([("a", "x"), (" ", "y"), (None, "y")], "All captions of y at"),
+    ],
+)
+@pytest.mark.parametrize("count", [None, 1])
+def test_categories_are_names_with_captions(
+    tmp_path: Path, rows: list[tuple[str | None, str | None]], words: str, count: int | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"caption": c, "group": g}) for c, g in rows))
+    with pytest.raises(InputError, match=words):
+        open_prompts(prompts_config(type="file", path=path, group_column="group"), count)
+
+
+@pytest.mark.parametrize("name", ["people", "Art 2.0", "a-b_c", "Ländliches"])
+def test_names_of_people_are_names(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"caption": "a fox", "group": name}))
+    found = open_prompts(prompts_config(type="file", path=path, group_column="group"), None)
+    assert list(found.groups) == [name]
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"caption": ["a fox"] * 9}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 20 + content[24:])  # footer whole, first page not
+    with pytest.raises(OSError, match=r"\w") as error:
+        pq.read_table(path)
+    assert not isinstance(error.value, pa.ArrowException)
+    with pytest.raises(InputError, match="cannot be read as captions"):
+        open_prompts(prompts_config(type="file", path=path), None)
+
+
 def test_scenes_are_those_of_the_kinds() -> None:
     scenes = load_yaml(ScenesConfig, SCENES)
     found = open_prompts(prompts_config(type="scenes", scenes=SCENES), 3)
