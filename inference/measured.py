@@ -20,7 +20,7 @@ TITLES = {
     "frechet": "Fréchet distance",
     "frechet_at_infinity": "Fréchet distance at infinite N",
     "kid": "KID",
-    "kid_deviation": "KID's deviation",
+    "kid_deviation": "KID's deviation between subsets",
     "cmmd": "CMMD",
     "clip_score": "CLIP score",
     "objects_in_place": "% right and in place",
@@ -93,9 +93,16 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def of_group(name: str) -> tuple[str, str]:
+    """(the figure's dotted name, the group) where a name ends in FIGURE_by_group.GROUP."""
+    figure, cut, group = name.rpartition("_by_group.")
+    return (figure, group) if cut else (name, "")
+
+
 def better(name: str) -> int:
     """-1 where less of a figure is better, 1 where more is, else 0."""
-    return (leaf(name) in HIGHER_IS_BETTER) - (leaf(name) in LOWER_IS_BETTER)
+    last = leaf(of_group(name)[0])
+    return (last in HIGHER_IS_BETTER) - (last in LOWER_IS_BETTER)
 
 
 def title(name: str) -> str:
@@ -103,12 +110,14 @@ def title(name: str) -> str:
 
     FID is the Frechet distance of features that are called inception.
     """
-    *groups, last = name.split(".")
+    figure, group = of_group(name)
+    *groups, last = figure.split(".")
     words = TITLES.get(last, last.replace("_", " "))
     of = " ".join(g.replace("_", " ") for g in groups if g not in ("features", "neighbours"))
     if of == "inception" and last.startswith("frechet"):
         words, of = words.replace("Fréchet distance", "FID"), ""
-    return f"{words}{f', {of}' if of else ''}{('', ' ↑', ' ↓')[better(name)]}"
+    told = ", ".join(filter(None, (words, of, group)))
+    return f"{told}{('', ' ↑', ' ↓')[better(name)]}"
 
 
 def best(points: Sequence[Evaluation], name: str) -> Evaluation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -28,6 +28,8 @@ def interval(
     level: float = 0.95,
     resamples: int = 50,
     seed: int = 0,
+    value: float | None = None,
+    groups: Sequence[range] = (),
 ) -> Interval:
     """statistic(*samples) plus and minus z standard errors by the bootstrap.
 
@@ -37,32 +39,41 @@ def interval(
     Frechet distance is biased upwards by slope / N, a resample's by about twice that, and the
     percentiles of resamples may lie wholly above the figure that they are to surround. The interval
     is for the figure at this N; the bias in N is `frechet_at_infinity`'s to show. (KID's unbiased
-    sums are not for resampling either: a row and its copy are no two rows. Its own deviation over
-    subsets says what it varies by.)
+    sums are not for resampling either: a row and its copy are no two rows. Its deviation is between
+    subsets, which is no interval of KID: it depends on how large they are, and not on N.)
 
     samples: arrays [N, ...] of N of their own, each resampled by itself; the statistic is given
     views that slice as the samples do (`Moments.of` takes one), keyed by (seed, resample), so
-    memory is the statistic's own and 8 bytes a row. Time: `resamples` + 1 statistics. Raises
-    InputError for a level outside (0, 1), fewer than two resamples or an empty sample.
+    memory is the statistic's own and 8 bytes a row. value: statistic(*samples), where it is known.
+    groups: the rows of each kind, together all of a sample's, which are resampled by themselves
+    (strata): how many there are of a kind is the protocol's choice and does not vary. Time:
+    `resamples` statistics, and one for the value. Raises InputError for a level outside (0, 1),
+    fewer than two resamples or an empty sample.
     """
     _check(level, resamples, samples)
-    value = statistic(*samples)
+    if value is None:
+        value = statistic(*samples)
     spread = NormalDist().inv_cdf((1 + level) / 2) * float(
-        np.std(_resampled(statistic, samples, resamples, seed), ddof=1)
+        np.std(_resampled(statistic, samples, resamples, seed, groups), ddof=1)
     )
     return Interval(value - spread, value + spread)
 
 
 def mean_interval(
-    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: np.ndarray,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: Sequence[range] = (),
 ) -> Interval:
     """The percentile bootstrap interval of the mean of values [N] (a CLIP score, a PSNR in dB).
 
-    Efron and Tibshirani 1993, chapter 13; scipy.stats.bootstrap's method="percentile". Time
-    `resamples` draws of N; memory 24 N bytes. Raises InputError as `interval`.
+    Efron and Tibshirani 1993, chapter 13; scipy.stats.bootstrap's method="percentile". groups:
+    as `interval` takes them. Time `resamples` draws of N; memory 24 N bytes. Raises InputError
+    as `interval`.
     """
     _check(level, resamples, (values,))
-    means = _resampled(np.mean, (values,), resamples, seed)
+    means = _resampled(np.mean, (values,), resamples, seed, groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
@@ -84,20 +95,25 @@ def share_interval(successes: int, count: int, level: float = 0.95) -> Interval:
 
 
 def _resampled(
-    statistic: Callable[..., float], samples: tuple[Any, ...], resamples: int, seed: int
+    statistic: Callable[..., float],
+    samples: tuple[Any, ...],
+    resamples: int,
+    seed: int,
+    groups: Sequence[range],
 ) -> np.ndarray:
     """The statistic of each resample, [resamples]."""
     values = np.empty(resamples)
     for number in range(resamples):
         rng = np.random.Generator(np.random.PCG64([seed, number]))
-        taken = [_resample(sample, rng) for sample in samples]
+        taken = [_resample(sample, rng, groups) for sample in samples]
         values[number] = statistic(*taken)
     return values
 
 
-def _resample(sample: Features, rng: np.random.Generator) -> Taken:
-    count = sample.shape[0]
-    return Taken(sample, np.sort(rng.integers(count, size=count)))
+def _resample(sample: Features, rng: np.random.Generator, groups: Sequence[range]) -> Taken:
+    parts = groups or [range(sample.shape[0])]
+    rows = [rng.integers(part.start, part.stop, size=len(part)) for part in parts]
+    return Taken(sample, np.sort(np.concatenate(rows)))
 
 
 def _check(level: float, resamples: int, samples: tuple[Any, ...]) -> None:

@@ -93,21 +93,27 @@ class FeatureFiles:
     def finish(self) -> dict[str, np.ndarray]:
         """All rows by name, [N, D], mapped from the files that this makes of the pieces.
 
-        For one process, after fill.
+        For one process of an evaluation, after fill; evaluations may share the folder.
         """
-        for name, width in self.widths.items():
-            if self._file(name).is_file():
-                continue
-            with staged_file(self._file(name)) as path:
-                rows = np.lib.format.open_memmap(
-                    path, mode="w+", dtype=np.float32, shape=(self.count, width)
-                )
-                for first in range(0, self.count, PIECE):
-                    piece = self._pieces / f"{first // PIECE:06d}.safetensors"
-                    rows[first : first + PIECE] = load_file(piece)[name]
-                rows.flush()
+        for name in self.widths:
+            if not self._file(name).is_file():
+                try:
+                    self._gather(name)
+                except FileNotFoundError:  # another evaluation has gathered them all meanwhile
+                    if not self.whole:
+                        raise
         shutil.rmtree(self._pieces, ignore_errors=True)
         return {name: np.load(self._file(name), mmap_mode="r") for name in self.widths}
+
+    def _gather(self, name: str) -> None:
+        with staged_file(self._file(name)) as path:
+            rows = np.lib.format.open_memmap(
+                path, mode="w+", dtype=np.float32, shape=(self.count, self.widths[name])
+            )
+            for first in range(0, self.count, PIECE):
+                piece = self._pieces / f"{first // PIECE:06d}.safetensors"
+                rows[first : first + PIECE] = load_file(piece)[name]
+            rows.flush()
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.npy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,9 +97,9 @@ def distances(
     """What two sets of features [N, D] and [M, D] say of their pictures, as plain values.
 
     Keys: frechet and its 95% interval; frechet_at_infinity and frechet_points, [N, distance], of
-    which it is taken; kid and kid_deviation; precision, recall, density, coverage; by_group, the
-    Frechet distance of each group of drawn pictures that has real ones of its own. What takes more
-    pictures than there are is left out.
+    which it is taken; kid, and the kid_deviation between its subsets of kid_subset_size; precision,
+    recall, density, coverage; frechet_by_group, of each group of drawn pictures that has real ones
+    of its own. What takes more pictures than there are is left out.
     """
     if min(len(drawn), len(real)) < 2:
         return {}
@@ -107,10 +108,9 @@ def distances(
     def frechet(features: Features) -> float:
         return frechet_distance(Moments.of(features), reference)
 
-    found: dict[str, Any] = {
-        "frechet": frechet(drawn),
-        "frechet_interval": both(interval(frechet, drawn, resamples=RESAMPLES)),
-    }
+    value, kinds = frechet(drawn), list(drawn_groups.values())
+    spread = interval(frechet, drawn, resamples=RESAMPLES, value=value, groups=kinds)
+    found: dict[str, Any] = {"frechet": value, "frechet_interval": both(spread)}
     if len(drawn) >= 4 * drawn.shape[1]:  # that FID_N is linear in 1/N holds well above D pictures
         sizes = np.linspace(2 * drawn.shape[1], len(drawn), SIZES).astype(int).tolist()
         line = frechet_at_infinity(drawn, reference, sizes)
@@ -119,9 +119,10 @@ def distances(
     size = min(KID_SUBSET, len(drawn) // 2, len(real) // 2)  # subsets that differ
     if size >= 2:
         found["kid"], found["kid_deviation"] = kid(drawn, real, subset_size=size)
+        found["kid_subset_size"] = size
     if min(len(drawn), len(real)) > NEIGHBOURS:
         found |= vars(prdc(real, drawn, NEIGHBOURS))
-    found["by_group"] = {
+    found["frechet_by_group"] = {
         name: frechet_distance(
             Moments.of(drawn[rows.start : rows.stop]),
             Moments.of(real[real_groups[name].start : real_groups[name].stop]),
@@ -147,7 +148,7 @@ def means(name: str, values: np.ndarray, groups: Groups) -> dict[str, Any]:
     """The mean of values [N], its 95% interval, and the mean of each group."""
     return {
         name: float(values.mean()),
-        f"{name}_interval": both(mean_interval(values)),
+        f"{name}_interval": both(mean_interval(values, groups=list(groups.values()))),
         f"{name}_by_group": {
             group: float(values[rows.start : rows.stop].mean()) for group, rows in groups.items()
         },
@@ -157,7 +158,8 @@ def means(name: str, values: np.ndarray, groups: Groups) -> dict[str, Any]:
 def scene_figures(rows: np.ndarray, groups: Groups, unseen: Sequence[str]) -> dict[str, Any]:
     """Of the rows [N, 6] of SCENE_COLUMNS: the shares that are right in percent, for each kind.
 
-    vae_psnr_db is of the kinds that are `unseen`, where there are any.
+    vae_psnr_db is the mean over the pictures of the kinds that are `unseen`, where there are any,
+    and left out where the VAE gives one of them back exactly, whose PSNR is infinite.
     """
     found: dict[str, Any] = {}
     for name, numbers in groups.items():
@@ -170,10 +172,13 @@ def scene_figures(rows: np.ndarray, groups: Groups, unseen: Sequence[str]) -> di
             intervals[column] = [round(100 * wilson.low, 1), round(100 * wilson.high, 1)]
         found[name] = {**shares, "intervals": intervals}
     chosen = [rows[groups[name].start : groups[name].stop, -1] for name in unseen]
-    if chosen:
-        psnr = np.concatenate(chosen).astype(np.float64)
+    psnr = np.concatenate([np.empty(0), *chosen])
+    if len(psnr) and np.isfinite(psnr).all():
+        ends = np.cumsum([0, *map(len, chosen)]).tolist()
+        kinds = [range(*pair) for pair in itertools.pairwise(ends)]
         found["vae_psnr_db"] = round(float(psnr.mean()), 2)
-        found["vae_psnr_db_interval"] = [round(end, 2) for end in both(mean_interval(psnr))]
+        spread = both(mean_interval(psnr, groups=kinds))
+        found["vae_psnr_db_interval"] = [round(end, 2) for end in spread]
     return found
 
 

@@ -29,7 +29,7 @@ RESULTS: dict[str, Any] = {
             "frechet_interval": [11.0, 13.0],
             "frechet_points": [[9, 2]],
         },
-        "clip": {"clip_score": 30.0, "by_group": {"two": 3.0}},
+        "clip": {"clip_score": 30.0, "clip_score_by_group": {"two": 3.0}},
     },
     "neighbours": {"pixels": {"closer": 0.5}},
 }
@@ -46,7 +46,7 @@ def test_all_figures_are_found_with_their_intervals() -> None:
         "one.objects_in_place": Figure(97.5, 94.0, 99.0),
         "features.inception.frechet": Figure(12.0, 11.0, 13.0),
         "features.clip.clip_score": Figure(30.0),
-        "features.clip.by_group.two": Figure(3.0),
+        "features.clip.clip_score_by_group.two": Figure(3.0),
         "neighbours.pixels.closer": Figure(0.5),
     }
     assert str(Figure(97.5, 94.0, 99.0)) == "97.5 (94 to 99)"
@@ -58,7 +58,9 @@ def test_all_figures_are_found_with_their_intervals() -> None:
         ("features.inception.frechet", "FID ↓"),
         ("features.inception.frechet_at_infinity", "FID at infinite N ↓"),
         ("features.clip.frechet", "Fréchet distance, clip ↓"),
-        ("features.clip.by_group.two", "two, clip by group"),
+        ("features.clip.clip_score_by_group.two", "CLIP score, clip, two ↑"),
+        ("features.clip.frechet_by_group.art 2.0", "Fréchet distance, clip, art 2.0 ↓"),
+        ("features.inception.frechet_by_group.two_held_out", "FID, two_held_out ↓"),
         ("one_held_out.objects_in_place", "% right and in place, one held out ↑"),
         ("neighbours.pixels.closer", "nearer to training than real ones, pixels"),
         ("vae_psnr_db", "VAE's PSNR, dB"),

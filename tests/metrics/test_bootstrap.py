@@ -82,6 +82,38 @@ def test_resamples_of_a_frechet_distance_lie_above_it_and_its_interval_holds_the
     assert percentiles_hold <= 0.3 * 60
 
 
+def test_a_known_value_is_not_computed_again() -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    counted: list[int] = []
+
+    def mean(taken: np.ndarray) -> float:
+        counted.append(len(taken[:]))
+        return float(np.mean(taken))
+
+    found = interval(mean, values, resamples=4, value=float(values.mean()))
+    assert len(counted) == 4
+    assert found == interval(mean, values, resamples=4)
+
+
+def test_groups_keep_their_numbers() -> None:
+    """Strata: the error is that within groups, and each is resampled by itself."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0, 1, 300), rng.normal(50, 3, 100)])
+    groups = [range(300), range(300, 400)]
+    shares: list[float] = []
+
+    def mean(taken: np.ndarray) -> float:
+        shares.append(float((taken[:] > 25).mean()))
+        return float(np.mean(taken))
+
+    found = interval(mean, values, resamples=400, groups=groups)
+    assert set(shares) == {0.25}
+    error = np.sqrt(300 * values[:300].var() + 100 * values[300:].var()) / 400
+    np.testing.assert_allclose(found.high - found.low, 2 * 1.96 * error, rtol=0.12)
+    percentile = mean_interval(values, resamples=1000, groups=groups)
+    np.testing.assert_allclose(percentile.high - percentile.low, 2 * 1.96 * error, rtol=0.12)
+
+
 # Means
 
 

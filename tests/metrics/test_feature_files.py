@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from latentdiff.errors import InputError
+from latentdiff.metrics import feature_files
 from latentdiff.metrics.feature_files import PIECE, FeatureFiles
 
 WIDTHS = {"one": 3, "two": 1}
@@ -111,6 +115,57 @@ def test_gathering_continues_where_it_was_killed(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", rows(range(40))["one"].astype(np.float32))
     assert not made.whole
     check(made.finish(), 40)
+
+
+@pytest.mark.parametrize("read", range(6))
+def test_two_evaluations_gather_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int
+) -> None:
+    """One is through, its pieces gone, while the other has read so many of them."""
+    count = 3 * PIECE
+    slow, fast = files(tmp_path, count), files(tmp_path, count)
+    slow.fill(rows)
+    seen: list[object] = []
+
+    def load(path: Path) -> dict[str, np.ndarray]:
+        seen.append(path)
+        if len(seen) == read + 1:
+            check(fast.finish(), count)
+        return load_file(path)
+
+    monkeypatch.setattr(feature_files, "load_file", load)
+    check(slow.finish(), count)
+    assert len(seen) > read
+
+
+def test_pieces_that_are_lost_are_missed(tmp_path: Path) -> None:
+    made = files(tmp_path, 40)
+    made.fill(rows)
+    next(tmp_path.glob("pieces*/000001.*")).unlink()
+    with pytest.raises(FileNotFoundError):
+        made.finish()
+
+
+def work(folder: Path, rank: int, barrier: Barrier) -> None:
+    """A process of four, each with pieces of its own, of which one has but one."""
+    barrier.wait()
+    mine = files(folder, 5 * PIECE + 3)
+    mine.fill(rows, rank, 4)
+    if rank == 0:
+        check(mine.finish(), 5 * PIECE + 3)
+
+
+def test_four_processes_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    workers = [context.Process(target=work, args=(tmp_path, rank, barrier)) for rank in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    check(files(tmp_path, 5 * PIECE + 3).finish(), 5 * PIECE + 3)
+    assert not list(tmp_path.glob("pieces*"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ def test_distances_are_of_all_and_of_each_group(rows: tuple[np.ndarray, np.ndarr
     drawn, real = rows
     found = distances(drawn, real, GROUPS, REAL_GROUPS)
     assert found["frechet"] == pytest.approx(frechet(drawn, real), rel=1e-5)
-    assert found["by_group"].keys() == {"dogs"}
+    assert found["frechet_by_group"].keys() == {"dogs"}
     dogs = frechet(drawn[40:70], real[:30])
-    assert found["by_group"]["dogs"] == pytest.approx(dogs, rel=1e-5)
+    assert found["frechet_by_group"]["dogs"] == pytest.approx(dogs, rel=1e-5)
     low, high = found["frechet_interval"]
     assert 0 < high - low < 4 * found["frechet"]
     assert low < found["frechet"] < high
@@ -50,6 +51,7 @@ def test_distances_are_of_all_and_of_each_group(rows: tuple[np.ndarray, np.ndarr
     line = linalg.lstsq(np.array([[1, 1 / count] for count in counts]), np.array(values))[0]
     assert found["frechet_at_infinity"] == pytest.approx(line[0])
     assert found["kid"] > 0 < found["kid_deviation"]
+    assert found["kid_subset_size"] == 35
     for name in ("precision", "recall", "coverage"):
         assert 0 <= found[name] <= 1
 
@@ -99,6 +101,32 @@ def test_scenes_are_counted_as_the_judge_counts_them() -> None:
     low, high = found["seen"]["intervals"]["objects"]
     assert low < 66.7 < high
     assert found["seen"]["intervals"].keys() == set(SCENE_COLUMNS[:-1])
+
+
+def test_a_vae_that_gives_pictures_back_exactly_has_no_psnr() -> None:
+    """JSON has no infinity."""
+    table = np.array([[1, 1, 1, 1, 1, 30.0], [1, 1, 1, 1, 1, np.inf]], np.float32)
+    found = scene_figures(table, {"a": range(1), "b": range(1, 2)}, ["a", "b"])
+    assert not any(name.startswith("vae_psnr_db") for name in found)
+    json.dumps(found, allow_nan=False)
+    assert scene_figures(table, {"a": range(1), "b": range(1, 2)}, ["a"])["vae_psnr_db"] == 30.0
+
+
+def test_intervals_are_of_so_many_of_each_kind(rows: tuple[np.ndarray, np.ndarray]) -> None:
+    """Kinds that differ only from one another leave nothing to vary."""
+    drawn, real = rows
+    alike = np.concatenate([np.tile(drawn[:1], (40, 1)), np.tile(-drawn[:1], (30, 1))])
+    texts = np.tile(drawn[:1], (70, 1))
+    low, high = clip_figures(alike, texts, None, GROUPS)["clip_score_interval"]
+    assert low == pytest.approx(high)
+    low, high = distances(alike, real, GROUPS, REAL_GROUPS)["frechet_interval"]
+    assert low == pytest.approx(high)
+    low, high = distances(alike, real, {}, REAL_GROUPS)["frechet_interval"]
+    assert high - low > 0.1
+    table = np.ones((70, 6), np.float32)
+    table[40:, -1] = 30
+    low, high = scene_figures(table, GROUPS, list(GROUPS))["vae_psnr_db_interval"]
+    assert low == high
 
 
 def test_copies_are_found(rows: tuple[np.ndarray, np.ndarray]) -> None:
