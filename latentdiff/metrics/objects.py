@@ -15,6 +15,12 @@ from torch import Tensor
 
 from latentdiff.data.scenes import EmojiScenes, Relation
 
+EXTRA = 0.25
+"""Of |S|^2, what an object that nobody asked for gains at least. One that is there as it is gains
+1; what a VAE blurs of objects that were asked for gains -0.6 at most; models' blurs gain 0.1."""
+CHUNK = 64
+"""Sprites that are correlated at a time, which bounds the memory beside the spectra."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -46,64 +52,113 @@ class Recogniser:
     Placing sprite S = alpha (c - b) of colour c and coverage alpha over a background b at place p
     lowers the squared error of the residual R = picture - b by
         gain(p) = 2 <R, S_p> - <S_p, S_p>,
-    a cross-correlation, computed for all places at once in the frequency domain.
+    a cross-correlation, computed for all places at once in the frequency domain. A sprite that is
+    there as it is gains |S|^2.
     """
 
     def __init__(self, scenes: EmojiScenes) -> None:
         self.scenes = scenes
         self.side = scenes.config.resolution
-        self._banks = {1: self._bank(scenes.config.sizes), 2: self._bank(scenes.config.pair_sizes)}
+        self._concepts = list(scenes.concepts)
+        sizes = {*scenes.config.sizes, *scenes.config.pair_sizes}
+        self._banks = {size: self._bank(size) for size in sorted(sizes)}
 
-    def _bank(self, sizes: Sequence[int]) -> _Bank:
-        items = [(concept, size) for concept in self.scenes.concepts for size in sizes]
-        planes = torch.zeros(len(items), 4, self.side, self.side)
-        for plane, (concept, size) in zip(planes, items, strict=True):
-            colour, alpha = self.scenes.sprite(concept, size)
-            sprite = np.concatenate([colour, alpha], axis=-1)
-            plane[:, :size, :size] = torch.from_numpy(sprite).permute(2, 0, 1)
-        return _Bank(items, planes, torch.fft.rfft2(planes).conj())
+    def _bank(self, size: int) -> _Bank:
+        drawn = [self.scenes.sprite(concept, size) for concept in self._concepts]
+        sprites = torch.from_numpy(np.stack([np.concatenate(pair, axis=-1) for pair in drawn]))
+        planes = sprites.permute(0, 3, 1, 2)
+        spectra = [torch.fft.rfft2(some, (self.side, self.side)) for some in planes.split(CHUNK)]
+        exact = planes.double().flatten(2)
+        return _Bank(torch.cat(spectra).conj(), exact @ exact.mT)
 
     @torch.inference_mode()
-    def find(self, picture: np.ndarray, count: int) -> list[Found]:
-        """The `count` (1 or 2) objects that explain most of a picture, uint8 [H, W, 3].
+    def find(self, picture: np.ndarray, count: int) -> tuple[list[Found], Found | None]:
+        """The `count` (1 or 2) objects that explain most of a picture, and one too many, if any.
 
-        The second is sought in what the first, once painted, leaves unexplained.
+        Each is sought in what those before it, once painted, leave unexplained. One too many is
+        sought at every size: it gains at least EXTRA of what it would if it were there as it is,
+        and its box and each of theirs share less than half of the smaller.
+
+        picture: uint8 [H, W, 3].
         """
-        name = find_background(picture, self.scenes.config.backgrounds)
-        ground = torch.tensor(self.scenes.config.backgrounds[name]) / 255
+        config = self.scenes.config
+        name = find_background(picture, config.backgrounds)
+        ground = torch.tensor(config.backgrounds[name]) / 255
         residual = torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)
         residual = residual - ground[:, None, None]
-        found = []
+        found: list[Found] = []
         for _ in range(count):
-            best, sprite = self._best(residual, ground, self._banks[count])
-            residual = residual - sprite
+            best = self._best(residual, ground, config.sizes if count == 1 else config.pair_sizes)
+            assert best is not None
+            self._paint_out(residual, ground, best)
             found.append(best)
-        return found
+        return found, self._best(residual, ground, tuple(self._banks), found)
 
-    def _best(self, residual: Tensor, ground: Tensor, bank: _Bank) -> tuple[Found, Tensor]:
+    def _best(
+        self,
+        residual: Tensor,
+        ground: Tensor,
+        sizes: Sequence[int],
+        beside: Sequence[Found] | None = None,
+    ) -> Found | None:
+        """What gains most; of what is too many `beside` these objects, where they are given."""
         spectrum = torch.fft.rfft2(residual)
-        over = (ground[:, None, None] * spectrum).sum(dim=0)
-        product = (bank.spectra[:, :3] * spectrum).sum(dim=1) - bank.spectra[:, 3] * over
-        correlation = torch.fft.irfft2(product, s=(self.side, self.side))
-        sprites = bank.planes[:, :3] - bank.planes[:, 3:] * ground[:, None, None]
-        gain = 2 * correlation - sprites.square().sum(dim=(1, 2, 3))[:, None, None]
-        for row, (_, size) in zip(gain, bank.items, strict=True):
-            row[self.side - size + 1 :] = -torch.inf
-            row[:, self.side - size + 1 :] = -torch.inf
-        number, place = divmod(int(gain.argmax()), self.side**2)
-        y, x = divmod(place, self.side)
-        concept, size = bank.items[number]
-        drawn = torch.roll(sprites[number], (y, x), dims=(1, 2))
-        return Found(concept, x + size / 2, y + size / 2, size), drawn
+        over = torch.cat([spectrum, -(ground[:, None, None] * spectrum).sum(dim=0, keepdim=True)])
+        best, most = None, -torch.inf
+        for size in sizes:
+            bank, places = self._banks[size], self.side - size + 1
+            for first in range(0, len(self._concepts), CHUNK):
+                product = (bank.spectra[first : first + CHUNK] * over).sum(dim=1)
+                correlation = torch.fft.irfft2(product, s=(self.side, self.side))
+                energy = bank.energies(ground)[first : first + CHUNK, None, None]
+                gain = 2 * correlation[:, :places, :places] - energy
+                if beside is not None:
+                    extra = (gain >= EXTRA * energy) & _apart(places, size, beside)
+                    gain = gain.where(extra, -torch.inf)
+                if gain.max() > most:
+                    most = float(gain.max())
+                    number, place = divmod(int(gain.argmax()), places**2)
+                    y, x = divmod(place, places)
+                    concept = self._concepts[first + number]
+                    best = Found(concept, x + size / 2, y + size / 2, size)
+        return best
+
+    def _paint_out(self, residual: Tensor, ground: Tensor, item: Found) -> None:
+        """Take the object out of the residual [3, H, W], in place."""
+        colour, alpha = map(torch.from_numpy, self.scenes.sprite(item.concept, item.size))
+        x, y = int(item.x - item.size / 2), int(item.y - item.size / 2)
+        window = residual[:, y : y + item.size, x : x + item.size]
+        window -= (colour - alpha * ground).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """Sprites at some sizes: (concept, size), colour and coverage [N, 4, H, W], their spectra."""
+    """The sprites of one size: premultiplied colour and coverage, four planes each."""
 
-    items: list[tuple[str, int]]
-    planes: Tensor
     spectra: Tensor
+    """[N, 4, H, W // 2 + 1], conjugate."""
+    products: Tensor
+    """[N, 4, 4]: the inner product of each plane with each, float64."""
+
+    def energies(self, ground: Tensor) -> Tensor:
+        """|S|^2 over a background [3]: float32 [N]."""
+        weights = torch.cat([torch.eye(3), -ground[:, None]], dim=1).double()
+        return torch.einsum("kc,ncd,kd->n", weights, self.products, weights).float()
+
+
+def _apart(places: int, size: int, others: Sequence[Found]) -> Tensor:
+    """At which places, bool [places, places], a box shares less than half with each of others."""
+    start = torch.arange(places)
+    apart = torch.ones(places, places, dtype=torch.bool)
+    for other in others:
+        across, down = (
+            (start + size).clamp(max=centre + other.size / 2)
+            - start.clamp(min=centre - other.size / 2)
+            for centre in (other.x, other.y)
+        )
+        shared = down.clamp(min=0)[:, None] * across.clamp(min=0)
+        apart &= shared < min(size, other.size) ** 2 / 2
+    return apart
 
 
 def relation_holds(first: Found, second: Found, relation: Relation) -> bool:

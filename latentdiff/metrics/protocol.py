@@ -22,8 +22,10 @@ from latentdiff.metrics.identity import digest_of, first_difference
 from latentdiff.metrics.prompts import PromptsConfig
 from latentdiff.metrics.references import ReferenceConfig, TrainingConfig
 
-EDITION = 1
-"""Raised whenever a figure of the same pictures is computed in another way."""
+EDITION = 2
+"""Raised whenever a figure of the same pictures is computed in another way. 2: objects that nobody
+asked for make a picture of a scene wrong; by kinds, resamples keep the pictures of each; renders to
+compare with repeat no scene."""
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,

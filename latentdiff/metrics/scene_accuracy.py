@@ -53,9 +53,14 @@ class Verdict:
     """What one picture shows of what was asked for."""
 
     found: tuple[Found, ...]
+    """As many objects as were asked for."""
+    extra: Found | None
+    """One more, if there is one."""
     background: str
     objects_right: bool
+    """The objects are those that were asked for, and no more."""
     in_place: bool
+    """That, and their relation holds."""
     background_right: bool
 
 
@@ -73,13 +78,15 @@ class Judge:
     def __call__(self, picture: np.ndarray, scene: Scene) -> Verdict:
         """picture: uint8 [H, W, 3]."""
         wanted = [placed.concept for placed in scene.objects]
-        found = self.recogniser.find(picture, len(wanted))
+        found, extra = self.recogniser.find(picture, len(wanted))
         background = find_background(picture, self.backgrounds)
-        right = sorted(item.concept for item in found) == sorted(wanted)
+        right = extra is None and sorted(item.concept for item in found) == sorted(wanted)
         in_place = right
-        if scene.relation is not None:
+        if right and scene.relation is not None:
             in_place = both_in_place(found, wanted, scene.relation)
-        return Verdict(tuple(found), background, right, in_place, background == scene.background)
+        return Verdict(
+            tuple(found), extra, background, right, in_place, background == scene.background
+        )
 
 
 def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.config import load_yaml
-from latentdiff.data.scenes import RELATIONS, EmojiScenes, Relation, Scene, ScenesConfig
+from latentdiff.data.scenes import RELATIONS, EmojiScenes, Placed, Relation, Scene, ScenesConfig
 from latentdiff.metrics.objects import (
     Found,
     Recogniser,
@@ -27,6 +28,7 @@ CONFIG = load_yaml(ScenesConfig, CONFIGS / "emoji/scenes.yaml")
 SCENES = EmojiScenes(CONFIG)
 KINDS = [(share, split) for share in (0.0, 1.0) for split in ("train", "held_out")]
 COUNT = 60
+FEW = CONFIG.concepts[:5]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,8 @@ def test_real_renders_are_recognised(
     correct = {"objects": 0, "background": 0, "in place": 0}
     for seed, scene in enumerate(scenes_of(kind)):
         picture = spoil(SCENES.render(scene), seed)
-        found = recogniser.find(picture, len(scene.objects))
+        found, extra = recogniser.find(picture, len(scene.objects))
+        assert extra is None
         correct["objects"] += right(found, scene)
         correct["background"] += find_background(picture, CONFIG.backgrounds) == scene.background
         names = [placed.concept for placed in scene.objects]
@@ -88,7 +91,7 @@ def test_every_object_is_told_from_every_other(recogniser: Recogniser) -> None:
     for concept, ground in itertools.product(SCENES.concepts, ("white", "black")):
         placed = dataclasses.replace(scene.objects[0], concept=concept, x=8, y=16, size=32)
         shown = dataclasses.replace(scene, objects=(placed,), background=ground)
-        (found,) = recogniser.find(SCENES.render(shown), 1)
+        (found,), _ = recogniser.find(SCENES.render(shown), 1)
         if found != Found(concept, 8 + 16, 16 + 16, 32):
             confused.append((concept, ground, found))
     assert confused == []
@@ -103,9 +106,9 @@ def test_another_object_is_not_accepted(recogniser: Recogniser) -> None:
         third = next(n for n in list(SCENES.concepts)[index:] if n not in (first, second))
         shown = dataclasses.replace(scene.objects[1], concept=third)
         changed = dataclasses.replace(scene, objects=(scene.objects[0], shown))
-        found = recogniser.find(SCENES.render(changed), 2)
+        found, _ = recogniser.find(SCENES.render(changed), 2)
         accepted += both_in_place(found, [first, second], scene.relation)
-        found = recogniser.find(SCENES.render(SCENES.swapped(scene, 0)), 2)
+        found, _ = recogniser.find(SCENES.render(SCENES.swapped(scene, 0)), 2)
         accepted += both_in_place(found, [first, second], scene.relation)
     assert accepted == 0
 
@@ -117,7 +120,7 @@ def test_a_missing_object_is_not_accepted(recogniser: Recogniser) -> None:
         assert scene.relation is not None
         names = [placed.concept for placed in scene.objects]
         alone = dataclasses.replace(scene, objects=scene.objects[:1])
-        found = recogniser.find(SCENES.render(alone), 2)
+        found, _ = recogniser.find(SCENES.render(alone), 2)
         assert names[0] in [item.concept for item in found]
         accepted += both_in_place(found, names, scene.relation)
     # What is called the second object is then any of 69, in any of many places.
@@ -129,7 +132,7 @@ def test_pictures_of_noise_are_accepted_at_most_by_chance(recogniser: Recogniser
     accepted = 0
     for scene in scenes_of((0.0, "train")):
         picture = rng.integers(0, 256, (CONFIG.resolution, CONFIG.resolution, 3), dtype=np.uint8)
-        (found,) = recogniser.find(picture, 1)
+        (found,), _ = recogniser.find(picture, 1)
         accepted += found.concept == scene.objects[0].concept
     # 60 draws of 1 in 69: more than 5 has a probability below 0.001.
     assert accepted <= 5
@@ -137,10 +140,66 @@ def test_pictures_of_noise_are_accepted_at_most_by_chance(recogniser: Recogniser
 
 def test_found_boxes_lie_in_the_picture(recogniser: Recogniser) -> None:
     for scene in scenes_of((1.0, "train"))[:20]:
-        for item in recogniser.find(SCENES.render(scene), 2):
+        for item in recogniser.find(SCENES.render(scene), 2)[0]:
             half = item.size / 2
             assert half <= min(item.x, item.y)
             assert max(item.x, item.y) + half <= CONFIG.resolution
+
+
+def test_the_search_is_least_squares_over_all_sprites_sizes_and_places() -> None:
+    """By pasting every sprite everywhere, in a picture of noise where nothing stands out."""
+    config = CONFIG.model_copy(
+        update={"resolution": 24, "sizes": (12, 20), "pair_sizes": (12,), "concepts": FEW}
+    )
+    scenes = EmojiScenes(config)
+    rng = np.random.default_rng(1)
+    picture = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    ground = np.array(config.backgrounds[find_background(picture, config.backgrounds)]) / 255
+    errors = {}
+    for concept, size in itertools.product(scenes.concepts, config.sizes):
+        colour, alpha = scenes.sprite(concept, size)
+        for y, x in itertools.product(range(24 - size + 1), repeat=2):
+            canvas = np.broadcast_to(ground, (24, 24, 3)).copy()
+            canvas[y : y + size, x : x + size] *= 1 - alpha
+            canvas[y : y + size, x : x + size] += colour
+            errors[Found(concept, x + size / 2, y + size / 2, size)] = np.square(
+                canvas - picture / 255
+            ).sum()
+    assert Recogniser(scenes).find(picture, 1)[0] == [min(errors, key=errors.__getitem__)]
+
+
+def test_one_object_too_many_is_found(recogniser: Recogniser) -> None:
+    """Of any size, beside one object or two, wherever it hides less than half of one."""
+    rng, found, count = random.Random(0), 0, 0
+    for index in itertools.count():
+        scene = SCENES.scene(3_000_000 + index)
+        size = rng.choice(CONFIG.sizes)
+        x, y = rng.randrange(65 - size), rng.randrange(65 - size)
+        if any(shared(placed, x, y, size) > 0.4 for placed in scene.objects):
+            continue
+        extra = Placed(rng.choice(list(SCENES.concepts)), x, y, size)
+        picture = SCENES.render(dataclasses.replace(scene, objects=(*scene.objects, extra)))
+        found += recogniser.find(picture, len(scene.objects))[1] is not None
+        count += 1
+        if count == 100:
+            break
+    assert found >= 95
+
+
+def shared(placed: Placed, x: int, y: int, size: int) -> float:
+    """Which part of the smaller box both share."""
+    across = min(placed.x + placed.size, x + size) - max(placed.x, x)
+    down = min(placed.y + placed.size, y + size) - max(placed.y, y)
+    return max(across, 0) * max(down, 0) / min(placed.size, size) ** 2
+
+
+def test_an_object_drawn_larger_than_asked_for_is_not_two(recogniser: Recogniser) -> None:
+    """Of pairs' size the recogniser knows one; what the larger one shows around it is no other."""
+    scene = next(scene for scene in map(SCENES.scene, itertools.count()) if not scene.relation)
+    for concept in ("fox", "hamburger", "bus"):
+        larger = Placed(concept, 8, 8, 48)
+        picture = SCENES.render(dataclasses.replace(scene, objects=(larger,)))
+        assert recogniser.find(picture, 1) == ([Found(concept, 32, 32, 48)], None)
 
 
 # Backgrounds
