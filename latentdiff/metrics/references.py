@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from PIL import Image
@@ -11,7 +11,7 @@ from pydantic import Field
 from latentdiff.config import Config
 from latentdiff.data.decode import UnreadableImage
 from latentdiff.data.images import SourceConfig, open_source
-from latentdiff.data.scenes import EmojiScenes
+from latentdiff.data.scenes import EmojiScenes, Placed, Scene
 from latentdiff.data.sprites import SPRITES_FILE
 from latentdiff.errors import InputError
 from latentdiff.metrics.identity import digest_of
@@ -19,11 +19,13 @@ from latentdiff.metrics.prompts import JUDGED_BY, Prompts, Sha256
 from latentdiff.model_files import file_digest
 
 FIRST_RENDER = 1_000_000
-"""Number of the first scene of a reference: no prompt asks for it."""
+"""Number of the first scene of a reference."""
+TRIES = 50
+"""Scenes looked at for each that a reference takes, before there are said to be too few others."""
 
 
 class RendersReference(Config):
-    """Renders of scenes of the prompts' kinds, of other scenes than the prompts ask for."""
+    """Renders of scenes of the prompts' kinds, each of another, and of none that they ask for."""
 
     type: Literal["renders"]
     """This kind."""
@@ -119,13 +121,43 @@ def open_reference(config: ReferenceConfig, prompts: Prompts) -> Reference:
         return found
     if prompts.asked is None:
         raise InputError("A reference of type renders is for prompts of type scenes.")
+    shown = prompts.asked.config.model_dump(mode="json", include=set(JUDGED_BY))
     parts = {}
     for kind in prompts.asked.kinds:
         source = kind.source(prompts.asked.config)
-        scenes = prompts.asked.config.model_dump(mode="json", include={*JUDGED_BY, "seed", "grid"})
-        digest = digest_of([scenes, kind.split, kind.pairs, file_digest(SPRITES_FILE)])
-        parts[kind.name] = (config.count, renders(source, FIRST_RENDER), digest)
+        scenes = others(source, map(seen, prompts.asked.scenes), config.count)
+        digest = digest_of([shown, list(map(repr, map(seen, scenes))), file_digest(SPRITES_FILE)])
+        parts[kind.name] = (config.count, rendered(source, scenes), digest)
     return Reference(parts)
+
+
+def others(source: EmojiScenes, asked: Iterable[Hashable], count: int) -> list[Scene]:
+    """The first `count` scenes from FIRST_RENDER on that show what was not asked for, nor before.
+
+    asked: what `seen` returns. Raises InputError when there are too few of them.
+    """
+    known, found = set(asked), list[Scene]()
+    for number in range(FIRST_RENDER, FIRST_RENDER + TRIES * count):
+        scene = source.scene(number)
+        if seen(scene) not in known:
+            known.add(seen(scene))
+            found.append(scene)
+        if len(found) == count:
+            return found
+    raise InputError(
+        f"There are hardly {len(found)} scenes of a kind that the prompts do not ask for, and not "
+        f"{count}; set a smaller count of the reference, or of the prompts."
+    )
+
+
+def seen(scene: Scene) -> tuple[str, tuple[Placed, ...]]:
+    """What a picture of the scene depends on: its objects stand apart, in any order."""
+    return scene.background, tuple(sorted(scene.objects, key=repr))
+
+
+def rendered(source: EmojiScenes, scenes: Sequence[Scene]) -> Callable[[int], Image.Image]:
+    """The pictures of these scenes."""
+    return lambda number: Image.fromarray(source.render(scenes[number]))
 
 
 def renders(source: EmojiScenes, first: int) -> Callable[[int], Image.Image]:

@@ -18,6 +18,7 @@ from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import InputError
 from latentdiff.metrics.prompts import PromptsConfig, open_prompts
 from latentdiff.metrics.references import (
+    FIRST_RENDER,
     ReferenceConfig,
     SeenScenes,
     open_reference,
@@ -175,6 +176,36 @@ def test_renders_are_of_the_kinds_and_of_other_scenes() -> None:
     assert not real & asked
     more = open_reference(reference_config(type="renders", count=5), prompts)
     assert more.digest != found.digest
+
+
+@pytest.mark.parametrize("number", range(4), ids=[kind.name for kind in KINDS])
+def test_no_render_repeats_another_or_what_is_asked_for(number: int) -> None:
+    """On the grid of 8 some would: the same objects in the same places on the same background."""
+    kind = KINDS[number]
+    config = prompts_config(type="scenes", scenes=SCENES, kinds=[kind.name])
+    prompts = open_prompts(config, 100)
+    assert prompts.asked is not None
+    source = kind.source(prompts.asked.config)
+    plain = [source.scene(FIRST_RENDER + number) for number in range(100)]
+    pictures = [source.render(scene).tobytes() for scene in (*prompts.asked.scenes, *plain)]
+    found = open_reference(reference_config(type="renders", count=100), prompts)
+    real = [np.asarray(found.image(number)).tobytes() for number in range(100)]
+    assert len(set(real)) == 100
+    assert not set(real) & set(pictures[:100])
+    # In the order of their numbers, and only what repeats is left out.
+    kept = [p for p in dict.fromkeys(pictures[100:]) if p not in pictures[:100]]
+    assert real[: len(kept)] == kept
+    assert open_reference(reference_config(type="renders", count=100), prompts).digest == (
+        found.digest
+    )
+    fewer = open_reference(reference_config(type="renders", count=100), open_prompts(config, 1))
+    assert (fewer.digest == found.digest) == (len(kept) == 100)
+
+
+def test_a_reference_of_more_scenes_than_there_are_is_refused() -> None:
+    config = prompts_config(type="scenes", scenes=SCENES, kinds=["one_held_out"])
+    with pytest.raises(InputError, match="and not 2000; set a smaller count"):
+        open_reference(reference_config(type="renders", count=2000), open_prompts(config, 5))
 
 
 def test_seen_scenes_are_those_of_training() -> None:
