@@ -30,7 +30,8 @@ def cosines(images: Features, texts: Features) -> np.ndarray:
 def clip_scores(images: Features, texts: Features) -> np.ndarray:
     """max(100 cosine, 0) of each picture and its caption: float64 [N] in [0, 100].
 
-    Hessel et al. 2021, "CLIPScore", eq. 1, with torchmetrics' weight 100 for their 2.5. Raises
+    Hessel et al. 2021, "CLIPScore", eq. 1, with torchmetrics' weight 100 for their 2.5, and of
+    captions as they are, as torchmetrics takes them: Hessel's begin with "A photo depicts". Raises
     InputError as `cosines`.
     """
     scores: np.ndarray = 100 * np.maximum(cosines(images, texts), 0)

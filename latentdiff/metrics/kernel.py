@@ -18,7 +18,8 @@ def kid(
     Binkowski et al. 2018, "Demystifying MMD GANs": k(x, y) = (x . y / D + 1)^3 and the unbiased
     MMD^2 of Gretton et al. 2012, eq. 3, so values around and below 0 are those of like features.
     Subsets are drawn without replacement, keyed by (seed, subset); the deviation divides by
-    `subsets`, as in torchmetrics' KernelInceptionDistance.
+    `subsets`, as in torchmetrics' KernelInceptionDistance. It is between subsets and no interval of
+    the mean: it depends on how large they are.
 
     x, y: [N, D] and [M, D]. Time 6 subset_size^2 D flops a subset, whatever N; memory two subsets
     and four kernels in float64: 65 MB at 1,000 x 2,048. Raises InputError when a side has fewer

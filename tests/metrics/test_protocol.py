@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +52,26 @@ def test_the_presets_are_there() -> None:
     assert {"coco_30k", "fid_10k", "mjhq", "emoji_scenes", "tiny"} <= names
 
 
+def test_mjhqs_captions_are_written_once_however_often(tmp_path: Path) -> None:
+    """By the lines that the preset's comment gives."""
+    words = (ROOT / "configs/protocols/mjhq.yaml").read_text()
+    script = re.findall(r"<<'END'\n(.*?)#   END", words, re.DOTALL)[0].replace("#   ", "")
+    rows = {n: {"prompt": f"prompt {n}", "category": "art" if n < "c" else "logo"} for n in "abcd"}
+    (tmp_path / "meta_data.json").write_text(json.dumps(rows))
+    for category in ("art", "logo"):
+        (tmp_path / category).mkdir()
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["caption"] for line in lines] == [f"prompt {n}" for n in "abcd"]
+    lines = (tmp_path / "logo/metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == ["c.jpg", "d.jpg"]
+
+
 def test_an_id_is_of_canonical_json() -> None:
     values = {
         "name": "p", "count": 10, "seed": 0, "num_inference_steps": 25, "guidance_scale": 4,
-        "sampler": "ddim", "height": None, "width": None, "size": None, "resize": "lanczos",
-        "edition": 1, **DIGESTS,
+        "sampler": "ddim", "resize": "lanczos", "edition": 2, **DIGESTS,
     }  # fmt: skip
     words = json.dumps(values, sort_keys=True, separators=(",", ":"))
     assert id_of(protocol()) == hashlib.sha256(words.encode()).hexdigest()[:12]
@@ -108,10 +126,19 @@ VALUES = st.dictionaries(st.text(), LEAVES | st.lists(LEAVES) | st.dictionaries(
 @settings(max_examples=40)
 @given(VALUES)
 def test_equal_values_have_one_digest_and_no_difference(values: dict[str, Any]) -> None:
-    """Also when read back from a file, with keys in another order."""
+    """Also when read back from a file, with keys in another order, and without those of null."""
     again = json.loads(json.dumps(dict(reversed(values.items()))))
-    assert digest_of(again) == digest_of(values)
-    assert first_difference(values, again) is None
+    told = {name: value for name, value in again.items() if value is not None}
+    for other in (again, told):
+        assert digest_of(other) == digest_of(values)
+        assert first_difference(values, other) is None
+
+
+@settings(max_examples=40)
+@given(VALUES, VALUES)
+def test_a_difference_is_named_where_digests_differ(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for one, other in ((a, b), (a, a | b), ({"x": a}, {"x": b}), ({"x": a}, {})):
+        assert (first_difference(one, other) is None) == (digest_of(one) == digest_of(other))
 
 
 @settings(max_examples=40)
