@@ -10,6 +10,7 @@ Prints one line of JSON, and writes it, a sheet of each model and one of all sid
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -35,6 +36,8 @@ from latentdiff.sheet import labelled_sheet
 from latentdiff.vocabulary import UnknownWordWarning
 
 SHOWN = 48
+BATCH = 64
+"""Pictures, or captions, that the CLIP sees at a time."""
 
 
 class RetrievalConfig(DrawingConfig):
@@ -55,8 +58,14 @@ class RetrievalConfig(DrawingConfig):
 
 
 def similarities(clip: ClipExtractor, images: Tensor, captions: list[str]) -> Tensor:
-    """Cosine of each picture (row) with each caption (column); images uint8 [B, 3, H, W]."""
-    return torch.from_numpy(unit(clip(images)) @ unit(clip.text(captions)).T)
+    """Cosine of each picture (row) with each caption (column); images uint8 [N, 3, H, W]."""
+    return compared(clip, [clip(batch) for batch in images.split(BATCH)], captions)
+
+
+def compared(clip: ClipExtractor, batches: list[np.ndarray], captions: list[str]) -> Tensor:
+    """The same of the CLIP's embeddings of pictures, [n, D] of each batch."""
+    texts = [clip.text(captions[n : n + BATCH]) for n in range(0, len(captions), BATCH)]
+    return torch.from_numpy(unit(np.concatenate(batches)) @ unit(np.concatenate(texts)).T)
 
 
 def stacked(pictures: list[Image.Image]) -> Tensor:
@@ -84,11 +93,18 @@ def figures(similarity: Tensor) -> dict[str, float]:
     }
 
 
-def draw(config: RetrievalConfig, name: str, captions: list[str]) -> list[Image.Image]:
-    """A picture of each caption by one of the models."""
+def draw(
+    config: RetrievalConfig, name: str, captions: list[str], clip: ClipExtractor
+) -> tuple[list[Image.Image], Tensor]:
+    """By one of the models: the pictures that are shown, and the similarities of all."""
     model = TextToImage.load(config.models[name], device=config.device)
     warnings.simplefilter("ignore", UnknownWordWarning)
-    return list(tqdm(drawn(model, captions, config), name, len(captions), unit="picture"))
+    pictures = iter(tqdm(drawn(model, captions, config), name, len(captions), unit="picture"))
+    shown, batches = list[Image.Image](), list[np.ndarray]()
+    while some := list(itertools.islice(pictures, BATCH)):
+        shown += some[: SHOWN - len(shown)]
+        batches.append(clip(stacked(some)))
+    return shown, compared(clip, batches, captions)
 
 
 def beside(pictures: list[Image.Image], side: int) -> Image.Image:
@@ -109,18 +125,18 @@ def retrieve(config: RetrievalConfig) -> dict[str, Any]:
         "chance": {"top_1": round(1 / count, 4), "top_5": round(min(5 / count, 1), 4)},
         "real": figures(similarities(clip, pairs.images, captions)),
     }
-    real = [Image.fromarray(image) for image in pairs.images.permute(0, 2, 3, 1).numpy()]
+    real = [Image.fromarray(image) for image in pairs.images[:SHOWN].permute(0, 2, 3, 1).numpy()]
     columns = {"real": real}
     for name in config.models:
-        pictures = columns[name] = draw(config, name, captions)
-        similarity = similarities(clip, stacked(pictures), captions)
+        pictures, similarity = draw(config, name, captions, clip)
+        columns[name] = pictures
         results[name] = figures(similarity)
         frames = ["green" if place < 1 else "gray" for place in ranks(similarity)[:SHOWN].tolist()]
-        page = labelled_sheet(pictures[:SHOWN], captions[:SHOWN], 8, 2, frames)
+        page = labelled_sheet(pictures, captions[:SHOWN], 8, 2, frames)
         save(page, config.run_dir / f"{name}.png")
     rows = [beside(list(shown), 2 * clip.side) for shown in zip(*columns.values(), strict=True)]
     save(
-        labelled_sheet(rows[:SHOWN], captions[:SHOWN], columns=4),
+        labelled_sheet(rows, captions[:SHOWN], columns=4),
         config.run_dir / "side_by_side.png",
     )
     return results

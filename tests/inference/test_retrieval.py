@@ -96,6 +96,26 @@ def test_similarity_is_the_cosine_of_clips_embeddings(clip: Path) -> None:
     torch.testing.assert_close(found.float(), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_clip_sees_few_at_a_time(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = ClipExtractor(ClipConfig(directory=clip))
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    captions = [f"number {n}" for n in range(7)]
+    whole = similarities(extractor, images, captions)
+    sizes: list[int] = []
+
+    def counted(self: ClipExtractor, batch: torch.Tensor) -> np.ndarray:
+        sizes.append(len(batch))
+        return see(self, batch)
+
+    see = ClipExtractor.__call__
+    monkeypatch.setattr(ClipExtractor, "__call__", counted)
+    monkeypatch.setattr(retrieval, "BATCH", 3)
+    torch.testing.assert_close(
+        similarities(extractor, images, captions), whole, atol=1e-6, rtol=1e-5
+    )
+    assert sizes == [3, 3, 1]
+
+
 def run(run_dir: Path, clip: Path, folder: Path, models: dict[str, str]) -> dict[str, Any]:
     words = f"""
 run_dir: {run_dir}
@@ -126,6 +146,8 @@ def test_models_are_judged_on_the_same_seeds(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     models = {"before": str(tiny_model), "after": str(tiny_model)}
+    monkeypatch.setattr(retrieval, "BATCH", 4)
+    monkeypatch.setattr(retrieval, "SHOWN", 5)
     found = run(tmp_path / "run", clip, folder, models)
     assert found["captions"] == 6
     assert found["before"] == found["after"]
