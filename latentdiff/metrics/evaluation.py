@@ -19,17 +19,18 @@ from tqdm.auto import tqdm
 
 from latentdiff.checkpoint import ModelParts
 from latentdiff.drawing import BATCH
+from latentdiff.errors import InputError
 from latentdiff.hub import BUNDLED
-from latentdiff.metrics.feature_files import FeatureFiles
+from latentdiff.metrics.feature_files import PIECE, FeatureFiles
 from latentdiff.metrics.features import Extractor, open_extractor
 from latentdiff.metrics.figures import figures
 from latentdiff.metrics.identity import digest_of
 from latentdiff.metrics.pages import write_neighbours, write_sheets
 from latentdiff.metrics.prompts import Prompts, open_prompts
-from latentdiff.metrics.protocol import Protocol, fixed, protocol_id
+from latentdiff.metrics.protocol import EDITION, Protocol, fixed, protocol_id
 from latentdiff.metrics.references import Reference, open_reference, open_training
-from latentdiff.metrics.rows import DrawnRows, Features, RealRows
-from latentdiff.model_files import staged_file
+from latentdiff.metrics.rows import DrawnRows, Features, RealRows, picture_file
+from latentdiff.model_files import read_json, staged_file
 from latentdiff.pipeline import TextToImage
 from latentdiff.recipe import model_hash
 from latentdiff.request import read_settings
@@ -118,6 +119,7 @@ def evaluate_protocol(
     everything = fixed(protocol.model_copy(update={"free": ()}), digests)
     identity = {"protocol": everything, "model": model_facts(model, weights)}
     drawn_files = FeatureFiles(run_dir / "drawn", len(prompts.texts), drawing.widths, identity)
+    refuse_lost_pictures(drawn_files, drawing)
     real_files = {
         name: real_feature_files(reference_dir or run_dir / "real", pictures, features, digests)
         for name, pictures in opened.real.items()
@@ -130,11 +132,9 @@ def evaluate_protocol(
     if place.rank > 0:
         return None
     values = fixed(protocol, digests)
-    rows = drawn_files.finish()
-    real_rows = {name: files.finish() for name, files in real_files.items()}
-    groups = {name: pictures.groups for name, pictures in opened.real.items()}
-    results = {
+    told = {
         "model": model_name(model),
+        "weights": identity["model"],
         "device": place.device,
         "seed": protocol.seed,
         "prompts": protocol.count or len(prompts.texts),
@@ -145,13 +145,19 @@ def evaluate_protocol(
         "id": protocol_id(values),
         "fixed": values,
         "pictures": len(prompts.texts),
-        **figures(prompts, opened.extractors, rows, real_rows, groups),
     }
+    known = run_dir / "evaluation.json"
+    if known.is_file() and told.items() <= (results := read_json(known)).items():
+        return results
+    rows = drawn_files.finish()
+    real_rows = {name: files.finish() for name, files in real_files.items()}
+    groups = {name: pictures.groups for name, pictures in opened.real.items()}
+    results = told | figures(prompts, opened.extractors, rows, real_rows, groups)
     write_sheets(run_dir, drawing)
     if "training" in opened.real:
         write_neighbours(run_dir, drawing, opened.real["training"], rows, real_rows["training"])
-    with staged_file(run_dir / "evaluation.json") as path:
-        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    with staged_file(known) as path:
+        path.write_text(json.dumps(results, allow_nan=False) + "\n", encoding="utf-8")
     return results
 
 
@@ -180,6 +186,7 @@ def real_feature_files(
 ) -> FeatureFiles:
     """Where the rows of real pictures are, in a directory named after what they depend on."""
     identity = {
+        "edition": EDITION,
         "pictures": pictures.digest,
         "features": digests["features"],
         "shape": list(features.shape),
@@ -187,6 +194,18 @@ def real_feature_files(
         "widths": features.widths,
     }
     return FeatureFiles(folder / digest_of(identity)[:16], len(pictures), features.widths, identity)
+
+
+def refuse_lost_pictures(files: FeatureFiles, drawing: DrawnRows) -> None:
+    """Raises InputError where rows are kept of pictures that should be kept, too, and are not."""
+    missing = set(files.missing())
+    numbers = range(files.count) if drawing.keep_all else drawing.shown
+    for number in numbers:
+        path = picture_file(drawing.folder, number)
+        if number // PIECE not in missing and not path.is_file():
+            raise InputError(
+                f"{path} is missing, but what it measured is kept; choose another run_dir."
+            )
 
 
 def fill(files: FeatureFiles, rows: DrawnRows | RealRows, place: Place, title: str) -> None:
@@ -213,4 +232,8 @@ def model_name(model: TextToImage) -> str:
     name = model.parts.name
     if name == BUNDLED:
         return "bundled"
-    return Path(name).name if Path(name).expanduser().exists() else name
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    whole = path.resolve()  # a run's finished model lies in run_dir/model
+    return whole.parent.name if whole.name == "model" else whole.name

@@ -27,7 +27,8 @@ def sheet(
     labels, frames = [], []
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         right = verdict.in_place and verdict.background_right
-        names = ", ".join(item.concept for item in verdict.found)
+        shown = [*verdict.found, *([] if verdict.extra is None else [verdict.extra])]
+        names = ", ".join(item.concept for item in shown)
         labels.append(prompt if right else f"{prompt} [found: {names}; {verdict.background}]")
         frames.append("green" if right else "red")
     images = [Image.fromarray(picture) for picture in pictures]

@@ -29,6 +29,7 @@ from latentdiff.data.scenes import (
     is_held_out_pair,
 )
 from latentdiff.errors import InputError
+from latentdiff.metrics import evaluation
 from latentdiff.metrics.features import TextExtractor, open_extractor
 from latentdiff.metrics.frechet import Moments, frechet_distance
 from latentdiff.metrics.pages import sheet
@@ -161,7 +162,7 @@ def test_figures_are_functions_of_the_rows(alone: Path) -> None:
     )
     assert found["frechet"] == frechet_distance(Moments.of(drawn), Moments.of(real))
     one = frechet_distance(Moments.of(drawn[3:6]), Moments.of(real[6:12]))
-    assert found["by_group"]["one_held_out"] == one
+    assert found["frechet_by_group"]["one_held_out"] == one
     cosine = (drawn * text).sum(1) / np.linalg.norm(drawn, axis=1) / np.linalg.norm(text, axis=1)
     assert found["clip_score"] == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-5)
     low, high = found["clip_score_interval"]
@@ -270,6 +271,17 @@ def test_a_finished_evaluation_draws_nothing(
     monkeypatch.setattr(TextToImage, "generate", None)
     evaluate.evaluate(config(run_dir, tiny_model))
     assert results_of(run_dir) == results_of(alone)
+    monkeypatch.setattr(evaluation, "figures", None)
+    assert evaluate.evaluate(config(run_dir, tiny_model)) == results_of(alone)
+
+
+def test_pictures_that_were_not_kept_are_not_promised(alone: Path, tiny_model: Path) -> None:
+    shown = next((alone / "pictures").iterdir())
+    kept = shown.read_bytes()
+    shown.unlink()
+    with pytest.raises(InputError, match=r"what it measured is kept; choose another run_dir"):
+        evaluate.evaluate(config(alone, tiny_model, keep_pictures=True))
+    shown.write_bytes(kept)
 
 
 def test_another_evaluation_in_the_same_place_is_refused(alone: Path, tiny_model: Path) -> None:
