@@ -200,9 +200,9 @@ def same_figures(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert mine[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
-def shown_numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in results.items():
-        if isinstance(value, dict):
+def shown_numbers(results: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in results.items() if isinstance(results, dict) else enumerate(results):
+        if isinstance(value, dict | list):
             yield from shown_numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", value
@@ -210,10 +210,10 @@ def shown_numbers(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 @pytest.fixture(scope="module")
 def in_pieces(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    """34 pictures, which are two pieces, made by one process."""
+    """98 pictures, which are four pieces, made by one process."""
     folder, scenes = tmp_path_factory.mktemp("pieces"), ROOT / "configs/tiny/scenes.yaml"
     (folder / "protocol.yaml").write_text(
-        f"{{name: pieces, count: 34, prompts: {{type: scenes, kinds: [one], scenes: {scenes}}}, "
+        f"{{name: pieces, count: 98, prompts: {{type: scenes, kinds: [one], scenes: {scenes}}}, "
         "features: [{type: clip}], reference: {type: renders, count: 10}}"
     )
     changes = {"protocol": folder / "protocol.yaml", "prompts": None}
@@ -222,26 +222,36 @@ def in_pieces(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Eva
     return made
 
 
-def test_two_processes_are_one(in_pieces: EvaluateConfig, tmp_path: Path) -> None:
-    """Each of them makes a piece."""
-    two = in_pieces.model_copy(update={"run_dir": tmp_path / "two"})
-    save_yaml(two, tmp_path / "two.yaml")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one(
+    in_pieces: EvaluateConfig, tmp_path: Path, processes: int
+) -> None:
+    """Each of them makes two pieces, or one."""
+    several = in_pieces.model_copy(update={"run_dir": tmp_path / "several"})
+    save_yaml(several, tmp_path / "several.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    command += [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "inference.evaluate", "--config", str(tmp_path / "two.yaml")]
+    command += ["-m", "inference.evaluate", "--config", str(tmp_path / "several.yaml")]
     own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == results_of(two.run_dir)
-    same_figures(results_of(two.run_dir), results_of(in_pieces.run_dir))
-    assert len(np.load(two.run_dir / "drawn" / "scenes.npy")) == 34
+    assert json.loads(done.stdout.splitlines()[-1]) == results_of(several.run_dir)
+    same_figures(results_of(several.run_dir), results_of(in_pieces.run_dir))
+    assert len(np.load(several.run_dir / "drawn" / "scenes.npy")) == 98
 
 
 def test_a_killed_evaluation_continues(
     in_pieces: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At its last batch, in the second piece: the first is not drawn again."""
+    """At the first batch of its second piece: the first is not drawn again."""
     again = in_pieces.model_copy(update={"run_dir": tmp_path / "killed"})
     generate, drawn = TextToImage.generate, list[int]()
 
@@ -257,7 +267,7 @@ def test_a_killed_evaluation_continues(
         evaluate.evaluate(again)
     assert not (tmp_path / "killed" / "evaluation.json").exists()
     evaluate.evaluate(again)
-    assert drawn == [8, 8, 8, 8, 0, 2]
+    assert drawn == [8] * 4 + [0] + [8] * 8 + [2]
     same_figures(results_of(again.run_dir), results_of(in_pieces.run_dir))
 
 
