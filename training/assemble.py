@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,13 @@ def assemble(config: PartsConfig) -> ModelParts:
         vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
         replaced["autoencoder"] = Autoencoder(vae)
     if config.text_encoder is not None:
-        replaced["text_encoder"] = load_text_encoder(config.text_encoder)
+        replaced["text_encoder"] = named = load_text_encoder(config.text_encoder)
+        if base is not None and differs(named, base.text_encoder):
+            warnings.warn(
+                f"The text encoder of {config.text_encoder} replaces that of {config.init_from}, "
+                "whose U-Net learned to read the latter; leave text_encoder out to keep it.",
+                stacklevel=2,
+            )
     if config.scheduler is not None:
         replaced["scheduler_config"] = config.scheduler
     if config.scenes is not None:
@@ -85,6 +92,14 @@ def assemble(config: PartsConfig) -> ModelParts:
         parts = dataclasses.replace(base, **replaced)
     check_fit(parts)
     return parts
+
+
+def differs(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have other tensors, in the half precision that models are kept in."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() != theirs.keys() or any(
+        not torch.equal(tensor.half(), theirs[name].half()) for name, tensor in mine.items()
+    )
 
 
 def check_fit(parts: ModelParts) -> None:

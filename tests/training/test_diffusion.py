@@ -220,6 +220,20 @@ def test_it_can_start_from_a_finished_model(tiny_chain: Any, tmp_path: Path) -> 
         assert value.dtype == torch.float32
 
 
+def test_a_text_encoder_that_the_start_did_not_learn_with_is_told(
+    tiny_chain: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    first = tiny_chain.program("diffusion")
+    first.finish(tmp_path / "model", CPU)
+    tiny_chain.program("diffusion", init_from=tmp_path / "model")
+    assert not [told for told in recwarn if "replaces" in str(told.message)]
+    with torch.no_grad():
+        next(first.parts.text_encoder.parameters()).add_(0.5)
+    first.finish(tmp_path / "trained", CPU)
+    with pytest.warns(UserWarning, match=r"replaces that of .*trained.*leave text_encoder out"):
+        tiny_chain.program("diffusion", init_from=tmp_path / "trained")
+
+
 # Parts that do not fit
 
 
