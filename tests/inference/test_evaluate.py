@@ -192,7 +192,7 @@ def test_neighbours_are_training_pictures(alone: Path, tiny: TextToImage) -> Non
 
 
 def same_figures(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """To 1e-6, which is the arithmetic of other numbers of threads."""
+    """To 1e-6."""
     mine, theirs = (dict(shown_numbers(results)) for results in (mine, theirs))
     assert mine.keys() == theirs.keys()
     assert len(mine) > 20
@@ -209,7 +209,9 @@ def shown_numbers(results: Any, prefix: str = "") -> Iterator[tuple[str, float]]
 
 
 @pytest.fixture(scope="module")
-def in_pieces(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+def in_pieces(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EvaluateConfig]:
     """98 pictures, which are four pieces, made by one process."""
     folder, scenes = tmp_path_factory.mktemp("pieces"), ROOT / "configs/tiny/scenes.yaml"
     (folder / "protocol.yaml").write_text(
@@ -217,9 +219,11 @@ def in_pieces(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Eva
         "features: [{type: clip}], reference: {type: renders, count: 10}}"
     )
     changes = {"protocol": folder / "protocol.yaml", "prompts": None}
-    made = config(folder / "one", tiny_model, **changes)
+    made, threads = config(folder / "one", tiny_model, **changes), torch.get_num_threads()
+    torch.set_num_threads(1)  # as each launched process has: sums in another order differ
     evaluate.evaluate(made)
-    return made
+    yield made
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
