@@ -57,7 +57,10 @@ def two(chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     two = chain("tiny", tmp_path_factory.mktemp("two"))
     for program in ORDER:
         printed = launch(program, two.arguments(program))
-        assert printed.count("finished: ") == 1, printed  # one process speaks for both
+        # One process speaks for both; but those that cache do not meet, and may finish at once.
+        assert printed.count("finished: ") in ((1, 2) if program == "cache_latents" else (1,)), (
+            printed
+        )
     return two
 
 
