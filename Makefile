@@ -5,7 +5,7 @@
 # make clean   all that these made, except runs/
 
 PYTHON ?= python3
-PROMPT ?= a fox on a blue background
+PROMPT ?= a fox to the left of a red apple on a blue background
 # Where the four YAML files of a model are: configs/emoji, configs/emoji_gpu or configs/tiny.
 CONFIGS ?= configs/emoji
 # Where the YAML files of a subset are: configs/laion/sprites, or configs/laion/openclipart with
