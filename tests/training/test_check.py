@@ -7,37 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from latentdiff.data.order import Share
+from tests.training.checked import context, run_config
 from training import check as module
 from training.check import Finding, check
-from training.config import RunConfig
 from training.diffusion import DiffusionProgram
 from training.ema import EMA
 from training.optimizers import OptimizerConfig
-
-
-def context(config: RunConfig, **program: Any) -> Any:
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1, gather=lambda values: values
-    )
-    return SimpleNamespace(
-        config=config,
-        program=SimpleNamespace(config=config, **program),
-        accelerator=accelerator,
-        share=Share(0, 1, None),
-    )
-
-
-def run_config(**values: Any) -> Any:
-    values = {"max_steps": 100, "batch_size": 4, "seed": 0} | values
-    return SimpleNamespace(**values)
 
 
 def optimizer(**values: Any) -> OptimizerConfig:

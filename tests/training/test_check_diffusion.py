@@ -7,38 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from latentdiff.data.order import Plan, Share
 from latentdiff.diffusion.parameterization import PARAMETERIZATIONS
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.rng import keyed_normal
+from tests.training.checked import context, run_config
 from training import check_diffusion
 from training.check import Finding
-from training.config import RunConfig
 from training.objective import ObjectiveConfig
 
 
 def levels(findings: Iterator[Finding]) -> list[str]:
     return [finding.level for finding in findings]
-
-
-def context(config: RunConfig, **program: Any) -> Any:
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1, gather=lambda values: values
-    )
-    return SimpleNamespace(
-        config=config,
-        program=SimpleNamespace(config=config, **program),
-        accelerator=accelerator,
-        share=Share(0, 1, None),
-    )
-
-
-def run_config(**values: Any) -> Any:
-    values = {"max_steps": 100, "batch_size": 4, "seed": 0} | values
-    return SimpleNamespace(**values)
 
 
 def test_buckets_that_fill_no_batch_are_named() -> None:
