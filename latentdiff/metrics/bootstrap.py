@@ -91,7 +91,8 @@ def share_interval(successes: int, count: int, level: float = 0.95) -> Interval:
     share, weight = successes / count, z**2 / count
     centre = (share + weight / 2) / (1 + weight)
     spread = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
-    return Interval(max(centre - spread, 0.0), min(centre + spread, 1.0))
+    # The share lies between them; where it is 0 or 1 it is one of them, but for rounding.
+    return Interval(max(min(centre - spread, share), 0.0), min(max(centre + spread, share), 1.0))
 
 
 def _resampled(
