@@ -75,6 +75,9 @@ class ScenesConfig(Config):
     the first place, which is far sooner learned than what "to the right of" does to it."""
     sizes: tuple[int, ...] = Field(min_length=1)
     """Sides in pixels of the square box of an object that stands alone."""
+    spread: float = Field(default=0.5, ge=0, le=0.5)
+    """How far its middle may lie from the picture's, across and down, as a share of the picture's
+    side. At 0.5 it stands anywhere."""
     pair_sizes: tuple[int, ...] = Field(min_length=1)
     """The same of each of two objects; at most half the resolution."""
     grid: int = Field(default=1, gt=0)
@@ -97,6 +100,13 @@ class ScenesConfig(Config):
                 f"grid must divide half the resolution, {side // 2}, and be at most "
                 f"{int(side * SPREAD)}"
             )
+        for size in self.sizes:
+            nearest = min(abs(p - (side - size) / 2) for p in range(0, side - size + 1, self.grid))
+            if nearest > self.spread * side:
+                raise ValueError(
+                    f"spread leaves an object of {size} pixels no place on the grid; it must be "
+                    f"at least {nearest / side:g}"
+                )
         return self
 
     @field_validator("concepts")
@@ -216,7 +226,7 @@ class EmojiScenes:
         config, side = self.config, self.config.resolution
         if relation is None:
             size = rng.choice(config.sizes)
-            places = range(0, side - size + 1, config.grid)
+            places = self._middle(size, config.spread)
             return (Placed(nouns[0], rng.choice(places), rng.choice(places), size),)
         placed = []
         for number, noun in enumerate(nouns):
@@ -224,15 +234,19 @@ class EmojiScenes:
             lower = (number == 0) == (relation in ("left", "above"))
             along = rng.choice(range(0, side // 2 - size + 1, config.grid))
             along += 0 if lower else side // 2
-            middle = [
-                place
-                for place in range(0, side - size + 1, config.grid)
-                if abs(place - (side - size) / 2) <= SPREAD * side
-            ]
-            across = rng.choice(middle)
+            across = rng.choice(self._middle(size, SPREAD))
             x, y = (along, across) if relation in ("left", "right") else (across, along)
             placed.append(Placed(noun, x, y, size))
         return tuple(placed)
+
+    def _middle(self, size: int, spread: float) -> list[int]:
+        """Where boxes of a size may start, across or down."""
+        side = self.config.resolution
+        return [
+            place
+            for place in range(0, side - size + 1, self.config.grid)
+            if abs(place - (side - size) / 2) <= spread * side
+        ]
 
     def _caption(
         self,
