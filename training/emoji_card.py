@@ -81,9 +81,10 @@ scenes[0]  # {{"image": uint8 array [{resolution}, {resolution}, 3], "caption": 
 - **Concepts:** {concepts} visually distinct sprites, with {nouns} nouns: {noun_list}.
 - **Backgrounds:** {backgrounds} colours: {colours}.
 - **Pictures** are {resolution} x {resolution} px, 8-bit sRGB.
-- **Objects** stand in square boxes whose corners are at multiples of {grid} px. One object stands
-  anywhere in the picture, in a box of {sizes} px; of two, each has a half of the picture for
-  itself, so they never overlap, and a box of {pair_sizes} px.
+- **Objects** stand in square boxes whose corners are at multiples of {grid} px. One object has
+  a box of {sizes} px, whose middle is {alone}; of
+  two, each has a half of the picture for itself, so they never overlap, and a box of
+  {pair_sizes} px.
 
 Among the first {sample:,} scenes of the split `train`:
 
@@ -150,6 +151,7 @@ def describe(config: ScenesConfig) -> str:
         reading_order=config.reading_order,
         sizes=_alternatives(config.sizes),
         pair_sizes=_alternatives(config.pair_sizes),
+        alone=_alone(config),
         concepts=len(config.concepts),
         nouns=sum(len(concept.nouns) for concept in config.concepts),
         noun_list=", ".join(" / ".join(concept.nouns) for concept in config.concepts),
@@ -164,6 +166,12 @@ def describe(config: ScenesConfig) -> str:
 
 def _alternatives(sizes: tuple[int, ...]) -> str:
     return " or ".join(map(str, sizes))
+
+
+def _alone(config: ScenesConfig) -> str:
+    if config.spread == 0.5:
+        return "anywhere"
+    return f"at most {int(config.spread * config.resolution)} px from the picture's, each way"
 
 
 def _about_sprites() -> dict[str, Any]:

@@ -195,6 +195,7 @@ def any_scenes(draw: st.DrawFn) -> EmojiScenes:
         sizes=tuple(draw(st.lists(st.integers(1, side), min_size=1, max_size=3))),
         pair_sizes=tuple(draw(st.lists(st.integers(1, side // 2), min_size=1, max_size=3))),
         grid=draw(st.sampled_from(grids)),
+        spread=draw(st.sampled_from([0.25, 0.4, 0.5])),
         concepts=CONFIG.concepts,
         backgrounds=CONFIG.backgrounds,
     )
@@ -212,12 +213,26 @@ def test_boxes_lie_in_the_picture_on_the_grid_and_as_the_relation_says(
         assert max(placed.x, placed.y) + placed.size <= config.resolution
         assert placed.x % config.grid == placed.y % config.grid == 0
     if scene.relation is None:
-        assert scene.objects[0].size in config.sizes
+        (alone,) = scene.objects
+        assert alone.size in config.sizes
+        for start in (alone.x, alone.y):
+            off = start + alone.size / 2 - config.resolution / 2
+            assert abs(off) <= config.spread * config.resolution
         return
     first, second = scene.objects
     assert first.concept != second.concept
     assert {first.size, second.size} <= set(config.pair_sizes)
     assert true_of_boxes(scene, scene.relation)
+
+
+def test_an_object_stands_at_every_place_within_the_spread_and_nowhere_else() -> None:
+    """A box of 32 px in 64: its middle is 32 at 16, and 8 px from it at 8 and 24."""
+    for spread, places in ((0, [16]), (0.125, [8, 16, 24]), (0.5, [0, 8, 16, 24, 32])):
+        scenes = EmojiScenes(
+            parse(ScenesConfig, with_values(spread=spread, sizes=[32], pair_share=0), "scenes")
+        )
+        boxes = [scenes.scene(index).objects[0] for index in range(600)]
+        assert {(box.x, box.y) for box in boxes} == {(x, y) for x in places for y in places}
 
 
 def true_of_boxes(scene: Scene, relation: str) -> bool:
@@ -469,6 +484,11 @@ def test_variants_depend_on_their_seed() -> None:
         ({"grid": 5}, "grid must divide half the resolution, 32"),
         ({"grid": 16}, "grid must divide half the resolution, 32, and be at most 8"),
         ({"pair_share": 1.5}, "pair_share"),
+        ({"spread": 0.6}, "spread"),
+        (
+            {"sizes": (36,), "spread": 0.03},
+            "spread leaves an object of 36 pixels no place .* 0.03125",
+        ),
         ({"backgrounds": {}}, "backgrounds"),
         ({"backgrounds": {"red": (256, 0, 0)}}, r"backgrounds\.red\.0"),
         ({"backgrounds": {"red": (0, -1, 0)}}, r"backgrounds\.red\.1"),
