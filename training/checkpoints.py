@@ -94,6 +94,11 @@ class Checkpointer:
         if (error := agreed(self.accelerator, error)) is not None:
             raise error
 
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows by now that what it wrote last came to nothing."""
+        return self.error is not None
+
     def join(self) -> None:
         """Until this process writes nothing, whatever came of it; for a run that is failing."""
         if self.thread is not None:

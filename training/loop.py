@@ -154,9 +154,10 @@ class Run:
             for step, micro_batches in zip(steps, self.monitor.timed(batches), strict=True):
                 self.step(step, micro_batches)
                 done = step + 1
-                if agreement.tell(asked.asked) and done < config.max_steps:
+                stop = asked.asked or self.checkpoints.failed
+                if agreement.tell(stop) and done < config.max_steps:
                     self.save(done)  # and nothing else: what told it to stop does not wait long
-                    return True
+                    return True  # a checkpoint that failed does not come here: save has raised
                 self.after(done, last=done == config.max_steps)
         return False
 

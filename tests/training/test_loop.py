@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from latentdiff.config import load_config, load_yaml, save_yaml
 from latentdiff.data.order import Plan, Share
 from latentdiff.errors import InputError
 from latentdiff.rng import keyed_normal
-from training import alone, loop
+from training import alone, checkpoints, loop
+from training.checkpoints import DiskError
 from training.config import RunConfig, StepLosses, seeded
 from training.data import planned_orders
 from training.faults import STOPPED, NotFiniteError
@@ -247,6 +249,42 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     parts = train(Denoising(config(tmp_path / "parts", checkpoint_every=100)))
     assert contents(last(tmp_path / "parts")) == contents(last(tmp_path / "whole"))
     assert whole.finished == parts.finished == 1
+
+
+class Patient(Denoising):
+    """No faster than its disk, so that what a write came to is known at the next step."""
+
+    steps = 0
+
+    def losses(
+        self, forward: Callable[..., Any], batch: Tensor, device: torch.device
+    ) -> StepLosses:
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint-"):
+                thread.join()
+        self.steps += len(batch) == self.config.batch_size  # else it is the validation's
+        return super().losses(forward, batch, device)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the next checkpoint: two intervals would be lost."""
+    real = checkpoints.sync
+
+    def full(path: Path) -> None:
+        if path.suffix == ".safetensors" and checkpoints.complete(path.parents[1]):
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "sync", full)
+    program = Patient(config(tmp_path, checkpoint_every=4))
+    with pytest.raises(DiskError, match=r"step 8 could not .*No space left.* step-000004 is whole"):
+        train(program)
+    assert program.steps == 9
+    monkeypatch.undo()
+    train(Denoising(config(tmp_path, checkpoint_every=4)))
+    assert last(tmp_path).name == f"step-{STEPS:06d}"
 
 
 class Measured(Denoising):
