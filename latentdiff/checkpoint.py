@@ -226,9 +226,10 @@ def _configs(parts: ModelParts) -> dict[str, dict[str, Any]]:
         name: {**_public(tower.model.config.to_dict()), "dtype": "float32"}
         for name, tower in parts.towers.items()
     }
+    vae = type(parts.autoencoder.vae)
     return {
         "unet": parts.unet.config.to_diffusers(),
-        "vae": {"_class_name": "AutoencoderKL", **_public(parts.autoencoder.vae.config)},
+        "vae": {"_class_name": vae.__name__, **_public(parts.autoencoder.vae.config)},
         "scheduler": parts.scheduler_config.to_json(),
         **towers,
     }
@@ -248,11 +249,12 @@ def read_scenes(source: Source) -> ScenesConfig | None:
 
 def _index(parts: ModelParts) -> dict[str, Any]:
     """The contents of model_index.json."""
+    vae = type(parts.autoencoder.vae)
     index: dict[str, Any] = {
         "_class_name": parts.pipeline,
         "_diffusers_version": DIFFUSERS,
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": [vae.__module__.partition(".")[0], vae.__name__],
         "scheduler": ["diffusers", parts.scheduler_config.class_name],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

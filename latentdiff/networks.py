@@ -26,10 +26,10 @@ from latentdiff.tokenizer_files import CLASSES, check_tokenizer, read_tokenizer
 from latentdiff.weights import load_module
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from latentdiff.models.autoencoder import AnyVAE
     from latentdiff.models.text_encoder import TextEncoder
 
 TOWER_TYPES = {
@@ -48,13 +48,27 @@ def build_unet(config: dict[str, Any]) -> UNet:
     return UNet(UNetConfig.from_diffusers(config))
 
 
-def build_vae(config: dict[str, Any]) -> AutoencoderKL:
-    """From an AutoencoderKL's config.json."""
+def build_vae(config: dict[str, Any]) -> AnyVAE:
+    """From the config.json of an AutoencoderKL, which is what one names that names none, or of a
+    PooledVAE.
+    """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae = AutoencoderKL.from_config(config)
-    assert isinstance(vae, AutoencoderKL)
+    from latentdiff.models.pooled import PooledVAE
+
+    cls = PooledVAE if config.get("_class_name") == "PooledVAE" else AutoencoderKL
+    vae = cls.from_config(config)
+    assert isinstance(vae, (AutoencoderKL, PooledVAE))
     return vae
+
+
+def load_vae(directory: Path) -> AnyVAE:
+    """The VAE in vae/, in fp32, as save_pretrained of diffusers writes it. Raises InputError."""
+    folder = directory / "vae"
+    files, path = weights_files(folder, weights_name("vae")), folder / "config.json"
+    return load_module(
+        build_vae, read_json(path), path, read_shards(files), files[0], torch.float32
+    )
 
 
 def build_tower(class_name: str) -> Callable[[dict[str, Any]], PreTrainedModel]:
@@ -103,14 +117,14 @@ def load_text_encoder(directory: Path) -> TextEncoder:
     return TextEncoder(load_tokenizer(directory / "tokenizer"), tower)
 
 
-def load_other_vae(path: Path, source: Source) -> Callable[[torch.dtype], AutoencoderKL]:
+def load_other_vae(path: Path, source: Source) -> Callable[[torch.dtype], AnyVAE]:
     """What loads the VAE at `path` to take the place of `source`'s own; see checkpoint.load_model.
 
     Its config and the names of its tensors are read at once, the weights when the result is called.
     Both raise InputError.
     """
 
-    def load(dtype: torch.dtype) -> AutoencoderKL:
+    def load(dtype: torch.dtype) -> AnyVAE:
         return load_module(build_vae, config, config_path, tensors(), file, dtype)
 
     config_path = file = path

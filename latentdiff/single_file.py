@@ -217,13 +217,18 @@ def family_to_write(
 ) -> str:
     """The family under whose names a model can be written.
 
-    Raises InputError for text encoders that no file in CompVis layout can hold.
+    classes: those of the other networks than the U-Net. Raises InputError for one that no file in
+    CompVis layout can hold.
     """
-    wanted = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-    for tower, name in classes.items():
-        if name != wanted[tower]:
+    wanted = {
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    }
+    for component, name in classes.items():
+        if name != wanted[component]:
             raise InputError(
-                f"A single file has no place for a {name} as {tower}; save a directory instead."
+                f"A single file has no place for a {name} as {component}; save a directory instead."
             )
     families = [family for family, its in PIPELINES.items() if its == pipeline]
     if "text_encoder" not in classes:
@@ -250,7 +255,7 @@ def write_single_file(
     """
     from safetensors.torch import save_file
 
-    classes = {name: index[name][1] for name in states if name.startswith("text_encoder")}
+    classes = {name: index[name][1] for name in states if name != "unet"}
     family = family_to_write(index["_class_name"], configs, classes)
     if path.exists():
         _check_replaceable(path)

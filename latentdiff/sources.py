@@ -73,7 +73,7 @@ class Source(ABC):
 
     def check_vae(self) -> None:
         """Raises InputError when its VAE is of a class that cannot be read."""
-        self._check("vae", ("AutoencoderKL",))
+        self._check("vae", ("AutoencoderKL", "PooledVAE"))
 
     @property
     def pipeline(self) -> str:

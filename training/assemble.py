@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from pydantic import model_validator
 from torch import nn
 
@@ -19,7 +18,7 @@ from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.blocks import BasicTransformerBlock
 from latentdiff.models.unet import UNet, UNetConfig
-from latentdiff.networks import load_text_encoder
+from latentdiff.networks import load_text_encoder, load_vae
 from latentdiff.scheduler_config import SchedulerConfig
 from training.config import RunConfig, seeded
 
@@ -63,8 +62,7 @@ def assemble(config: PartsConfig) -> ModelParts:
     base = None if config.init_from is None else load_model(config.init_from)
     replaced: dict[str, Any] = {}
     if config.autoencoder is not None:
-        vae = AutoencoderKL.from_pretrained(config.autoencoder / "vae").eval()
-        replaced["autoencoder"] = Autoencoder(vae)
+        replaced["autoencoder"] = Autoencoder(load_vae(config.autoencoder))
     if config.text_encoder is not None:
         replaced["text_encoder"] = named = load_text_encoder(config.text_encoder)
         if base is not None and differs(named, base.text_encoder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentdiff.config import Config, load_config, load_yaml
@@ -24,7 +24,8 @@ from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import run_command
 from latentdiff.metrics.psnr import psnr, reconstruct
-from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.autoencoder import AnyVAE, Autoencoder
+from latentdiff.models.pooled import PooledVAE
 from latentdiff.rng import generator, keyed_normal
 from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
@@ -32,21 +33,36 @@ from training.loop import make_accelerator, train
 from training.parallel import Wrapped, means, refuse_shards
 from training.pictures import grid
 
+V = TypeVar("V", bound=AnyVAE)
+
 
 class VAEConfig(Config):
     """Sizes of an AutoencoderKL without attention: any picture size, crops train it."""
+
+    encoder: Literal["learned", "means"] = "learned"
+    """"means": latents are the means of blocks of pixels, or the pixels themselves where there is
+    one level; only the decoder learns. See PooledVAE."""
 
     block_out_channels: tuple[int, ...] = Field(min_length=1)
     """Channels of each level from full resolution down; each level after the first halves it."""
     layers_per_block: int = Field(default=1, gt=0)
     """Residual blocks in a level of the encoder; the decoder has one more."""
-    latent_channels: int = Field(gt=0)
-    """Values per latent position."""
+    latent_channels: int = Field(default=3, gt=0)
+    """Values per latent position; three of means."""
     norm_num_groups: int = Field(default=8, gt=0)
     """Groups of the group normalization; divides every channel count."""
 
-    def build(self, sample_size: int) -> AutoencoderKL:
+    @model_validator(mode="after")
+    def _three_means(self) -> VAEConfig:
+        if self.encoder == "means" and self.latent_channels != 3:
+            raise ValueError("latent_channels must be 3 where the latents are means of pixels")
+        return self
+
+    def build(self, sample_size: int) -> AnyVAE:
         """Initial weights: residual branches zero, the encoder Haar's, the posterior narrow."""
+        if self.encoder == "means":
+            pooled = PooledVAE(self.block_out_channels, self.layers_per_block, self.norm_num_groups)
+            return start_as_identity(pooled)
         levels = len(self.block_out_channels)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -59,12 +75,18 @@ class VAEConfig(Config):
             sample_size=sample_size,
             scaling_factor=1.0,
         )
-        for name, parameter in vae.named_parameters():
-            if name.endswith("conv2.weight"):
-                torch.nn.init.zeros_(parameter)
+        start_as_identity(vae)
         torch.nn.init.constant_(vae.quant_conv.bias[self.latent_channels :], -4.0)
         start_as_haar(vae.encoder)
         return vae
+
+
+def start_as_identity(vae: V) -> V:
+    """The same VAE, its residual branches zero."""
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv2.weight"):
+            torch.nn.init.zeros_(parameter)
+    return vae
 
 
 @torch.no_grad()

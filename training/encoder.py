@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from latentdiff.checkpoint import open_source
 from latentdiff.errors import InputError
-from latentdiff.model_files import read_json, read_shards, weights_files, weights_name
 from latentdiff.models.autoencoder import Autoencoder
-from latentdiff.networks import build_vae, load_tokenizer
+from latentdiff.models.pooled import PooledVAE
+from latentdiff.networks import build_vae, load_tokenizer, load_vae
 from latentdiff.weights import load_module
 
 ENCODER_CONFIG = ("act_fn", "down_block_types", "layers_per_block", "norm_num_groups")
@@ -37,15 +37,19 @@ def load_encoder(
         assert source is not None
         tokenizers = [source.tokenizer(tower) for tower in source.towers]
     if autoencoder is not None:
-        folder = _trained(autoencoder / "vae")
-        files, path = weights_files(folder, weights_name("vae")), folder / "config.json"
-        values, tensors = read_json(path), read_shards(files)
+        _trained(autoencoder / "vae")
+        vae = load_vae(autoencoder)
     else:
         assert source is not None
         source.check_vae()
-        files, path = source.files("vae"), source.config_path("vae")
-        values, tensors = source.config("vae"), source.tensors("vae")
-    vae = load_module(build_vae, values, path, tensors, files[0], torch.float32)
+        vae = load_module(
+            build_vae,
+            source.config("vae"),
+            source.config_path("vae"),
+            source.tensors("vae"),
+            source.files("vae")[0],
+            torch.float32,
+        )
     return Autoencoder(vae).requires_grad_(False), tokenizers
 
 
@@ -59,6 +63,8 @@ def encoder_digest(autoencoder: Autoencoder) -> str:
     """sha256 of what latents are a function of: the encoder's weights, its kind and the scale."""
     vae = autoencoder.vae
     kind = {name: vae.config.get(name) for name in ENCODER_CONFIG}
+    if isinstance(vae, PooledVAE):
+        kind["factor"] = autoencoder.scale_factor
     kind |= {"scaling": autoencoder.scaling, "shift": autoencoder.shift}
     weights = vae.state_dict().items()
     encoder = {n: t for n, t in weights if n.startswith(("encoder.", "quant_conv."))}

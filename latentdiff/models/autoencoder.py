@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from latentdiff.errors import InputError
 from latentdiff.models import strips
+from latentdiff.models.pooled import PooledVAE
+
+AnyVAE: TypeAlias = AutoencoderKL | PooledVAE
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Posterior:
 
 
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL whose latents come out scaled: z = (z_vae - shift) * scaling."""
+    """A VAE whose latents come out scaled: z = (z_vae - shift) * scaling."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AnyVAE) -> None:
         super().__init__()
         self.vae = vae
 
@@ -120,7 +123,8 @@ class Autoencoder(nn.Module):
         and variance 1 over the same pictures, which is what noise ~ N(0, I) is measured against,
         and reconstructions are what they were. Needs quant_conv and post_quant_conv.
         """
-        into, back = self.vae.quant_conv, self.vae.post_quant_conv
+        into: Any = self.vae.quant_conv
+        back: Any = self.vae.post_quant_conv
         channels = self.latent_channels
         centre = mean / self.scaling + self.shift
         into.weight[:channels] /= std[:, None, None, None]

@@ -14,7 +14,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from latentdiff import TextToImage
 from latentdiff.data.order import Share
+from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import keyed_normal
 from training.autoencoder import SceneCrops, VAEConfig, edges, latent_moments
@@ -168,6 +170,32 @@ def test_edges_are_finite_differences() -> None:
     across, down = edges(ramp)
     assert across.equal(torch.full((4, 4), 1.0))
     assert down.equal(torch.full((3, 5), 10.0))
+
+
+# Latents that are means of pixels
+
+
+def test_three_means_and_no_other_number(tiny_chain: Any) -> None:
+    with pytest.raises(InputError, match="latent_channels must be 3 where"):
+        tiny_chain.config("autoencoder", vae__encoder="means", vae__latent_channels=4)
+
+
+@pytest.mark.parametrize(("channels", "side"), [("[8]", 64), ("[8, 16, 16]", 16)])
+def test_pixels_and_small_pictures_go_the_whole_way(
+    tiny_chain: Any, chain: Any, tmp_path: Path, channels: str, side: int
+) -> None:
+    """Trained, cached, learned from and drawn with as any other latents."""
+    pooled = chain("tiny", tmp_path)
+    few = {"max_steps": 2, "checkpoint_every": 2, "sample_every": 2}
+    shape = {"vae__block_out_channels": channels, "vae__latent_channels": 3}
+    pooled.run("autoencoder", vae__encoder="means", kl_weight=0, **shape, **few)
+    text = {"text_encoder": tiny_chain.run_dir("clip") / "model"}
+    pooled.run("cache_latents", source__count=8, shard_size=8, batch_size=4, **text)
+    unet = {"unet__sample_size": side, "unet__in_channels": 3, "unet__out_channels": 3}
+    pooled.run("diffusion", **unet, **text, **few)
+    model = TextToImage.load(tmp_path / "diffusion" / "model")
+    assert model.parts.autoencoder.scale_factor == 64 // side
+    assert model.generate("a fox", seed=0, num_inference_steps=2).size == (64, 64)
 
 
 # The end
