@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +33,7 @@ from latentdiff.metrics.pages import sheet
 from latentdiff.metrics.protocol import Protocol
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, Kind, prompt_for, shares
 from latentdiff.pipeline import TextToImage
+from tests.launched import launch, printed_by
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/protocols/tiny.yaml"
@@ -233,21 +231,9 @@ def test_several_processes_are_one(
     """Each of them makes two pieces, or one."""
     several = in_pieces.model_copy(update={"run_dir": tmp_path / "several"})
     save_yaml(several, tmp_path / "several.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += [
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        "0",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "inference.evaluate", "--config", str(tmp_path / "several.yaml")]
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == results_of(several.run_dir)
+    arguments = ["--config", str(tmp_path / "several.yaml")]
+    printed = printed_by(launch("inference.evaluate", arguments, processes))
+    assert json.loads(printed.splitlines()[-1]) == results_of(several.run_dir)
     same_figures(results_of(several.run_dir), results_of(in_pieces.run_dir))
     assert len(np.load(several.run_dir / "drawn" / "scenes.npy")) == 98
 

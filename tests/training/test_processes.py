@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +17,8 @@ from safetensors.torch import load_file
 
 from latentdiff.checkpoint import load_model
 from latentdiff.model_files import read_json
+from tests.launched import launch, printed_by
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 OPTIONS = {
     "max_steps": STEPS,
@@ -35,23 +33,6 @@ OPTIONS = {
 }
 
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def launch(processes: int, arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """training.diffusion by accelerate, on CPUs."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    own = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, "-m", "training.diffusion", *arguments],
-        cwd=ROOT,
-        env=own | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 class Runs:
@@ -77,9 +58,8 @@ class Runs:
     def together(
         self, name: str, processes: int, more: Sequence[str] = (), **environment: str
     ) -> None:
-        with launch(processes, [*self.arguments(name), *more], **environment) as run:
-            _, errors = run.communicate(timeout=600)
-        assert run.returncode == 0, errors[-4000:]
+        arguments = [*self.arguments(name), *more]
+        printed_by(launch("training.diffusion", arguments, processes, **environment))
 
     def continued(self, name: str, before: str, step: int) -> None:
         """A run directory that another run would have left after `step` steps."""
@@ -207,7 +187,7 @@ def test_a_lost_process_ends_the_others_promptly(runs: Runs) -> None:
     """Not after the ten minutes that a silent one is waited for."""
     arguments = [*runs.arguments("lost"), "--max_steps", "100000", "--sample_every", "100000"]
     arguments += ["--validate_every", "100000"]
-    with launch(2, arguments) as run:
+    with launch("training.diffusion", arguments) as run:
         checkpoints = runs.root / "lost" / "checkpoints"
         end = time.monotonic() + 300
         while not list(checkpoints.glob("step-*/manifest.json")):

@@ -19,31 +19,11 @@ from torch import Tensor
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.order import Share
 from latentdiff.pipeline import TextToImage
+from tests.launched import launch, printed_by
 from training import autoencoder, clip
 
 ROOT = Path(__file__).parents[2]
 ORDER = ("autoencoder", "clip", "cache_latents", "diffusion")
-LAUNCH = (
-    "accelerate.commands.launch",
-    *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-)
-
-
-def launch(program: str, arguments: list[str]) -> str:
-    """Two processes where there are only CPUs, and nobody says so; what they print."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"},
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", *LAUNCH, "-m", f"training.{program}", *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
 
 
 def state(chain: Any, program: str) -> dict[str, Tensor]:
@@ -56,7 +36,7 @@ def two(chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny chain made by two processes."""
     two = chain("tiny", tmp_path_factory.mktemp("two"))
     for program in ORDER:
-        printed = launch(program, two.arguments(program))
+        printed = printed_by(launch(f"training.{program}", two.arguments(program)))
         # One process speaks for both; but those that cache do not meet, and may finish at once.
         assert printed.count("finished: ") in ((1, 2) if program == "cache_latents" else (1,)), (
             printed
