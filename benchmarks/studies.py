@@ -1,0 +1,226 @@
+"""What the notes on latent diffusion claim, measured on emoji scenes: trains, evaluates, compares.
+
+    python -m benchmarks.studies spaces    # latents, pixels, small pictures made larger
+    python -m benchmarks.studies towers    # a larger text encoder, a larger U-Net
+
+Every network is trained by the programs of training/, one after the other; what is finished is not
+done again, and the same command continues after a kill. The models of one study learn from the
+same scenes and differ in nothing but what is compared. Prints a Markdown table of the figures of
+inference.evaluate, FID and CLIP score by the bundled CLIP, and writes a sheet of pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.generate import machine
+from latentdiff.model_files import read_json
+from latentdiff.models.unet import UNet, UNetConfig
+from latentdiff.pipeline import TextToImage
+from latentdiff.sheet import labelled_sheet
+from training.flops import step_flops
+
+RUNS = Path("runs/studies")
+EMOJI = "latentdiff/pretrained/emoji"
+TOKENS = 32
+PROMPTS = [
+    "a fox on a blue background",
+    "a pizza on a purple background",
+    "a penguin on a cyan background",
+    "a house on a green background",
+    "a rocket above a house on a black background",
+    "a fox to the left of a red apple on a blue background",
+]
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program of training/ with its YAML and what takes the place of its values."""
+
+    program: str
+    options: Options
+
+    def run(self) -> None:
+        command = [sys.executable, "-m", f"training.{self.program}"]
+        command += ["--config", f"configs/studies/{self.program}.yaml"]
+        for name, value in self.options.items():
+            command += [f"--{name}", str(value).replace("'", "")]
+        subprocess.run(command, check=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the models of a study."""
+
+    name: str
+    title: str
+    steps: int
+    """Of 64 samples."""
+    unet: Options
+    before: tuple[Step, ...] = ()
+    """What is trained or cached first."""
+    options: Options = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return RUNS / self.name
+
+    def results(self) -> dict[str, Any]:
+        """inference.evaluate's, of the model, which is trained first."""
+        for step in self.before:
+            step.run()
+        options = {f"unet.{name}": value for name, value in self.unet.items()} | self.options
+        own = {"run_dir": self.run_dir, "max_steps": self.steps}
+        own["optimizer.cooldown_steps"] = self.steps // 2
+        Step("diffusion", own | options).run()
+        command = [sys.executable, "-m", "inference.evaluate"]
+        command += ["--config", "configs/emoji/evaluate.yaml"]
+        command += ["--model", str(self.run_dir / "model")]
+        command += ["--run_dir", str(self.run_dir / "evaluation")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        results: dict[str, Any] = read_json(self.run_dir / "evaluation" / "evaluation.json")
+        return results
+
+    def size(self) -> tuple[int, int]:
+        """Of the finished U-Net the weights, and the operations of training on one sample."""
+        config = UNetConfig.from_diffusers(read_json(self.run_dir / "model/unet/config.json"))
+        with torch.device("meta"):
+            unet = UNet(config)
+            x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+            text = torch.empty(1, TOKENS, config.cross_attention_dim)
+            flops = step_flops(unet, x, torch.zeros(1), unet.condition(text, None, None))
+        return sum(value.numel() for value in unet.parameters()), flops
+
+
+def autoencoder(name: str, options: Options) -> tuple[Step, Options]:
+    """Trains a VAE and caches its latents; what else the U-Net is to be told."""
+    run_dir, cache = RUNS / f"{name}-autoencoder", RUNS / f"{name}-cache"
+    return Step("autoencoder", {"run_dir": run_dir} | options), {
+        "cache": cache,
+        "autoencoder": run_dir / "model",
+    }
+
+
+def cached(latents: Options, text_encoder: str | Path = EMOJI) -> Step:
+    """The scenes as these latents and this encoder's tokens."""
+    named = {"run_dir": latents["cache"], "autoencoder": latents["autoencoder"]}
+    return Step("cache_latents", named | {"text_encoder": text_encoder})
+
+
+def spaces() -> list[Model]:
+    """Equal operations of each U-Net; as many channels as give them similar numbers of weights."""
+    three = {"in_channels": 3, "out_channels": 3}
+    latents = {"cache": RUNS / "latents-cache", "autoencoder": EMOJI}
+    nothing = {"vae.block_out_channels": [8], "max_steps": 1, "optimizer.learning_rate": 1e-9}
+    small, small_latents = autoencoder("small", {})
+    pixels, pixel_latents = autoencoder("pixels", nothing | {"optimizer.cooldown_steps": 0})
+    return [
+        Model("latents", "latents, 8 x 8 x 16", 2000, {}, (cached(latents),), latents),
+        Model(
+            "small",
+            "small pictures, 16 x 16 x 3, made larger",
+            2900,
+            three | {"sample_size": 16} | levels([32, 64, 128]),
+            (small, cached(small_latents)),
+            small_latents,
+        ),
+        Model(
+            "pixels",
+            "pixels, 64 x 64 x 3",
+            590,
+            three | {"sample_size": 64} | levels([16, 32, 64, 128]),
+            (pixels, cached(pixel_latents)),
+            pixel_latents,
+        ),
+    ]
+
+
+def levels(channels: list[int]) -> Options:
+    """A U-Net that reads text at its lowest level alone."""
+    plain = len(channels) - 1
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ["DownBlock2D"] * plain + ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"] + ["UpBlock2D"] * plain,
+    }
+
+
+def towers() -> list[Model]:
+    """Two text encoders by two U-Nets, a quarter of the operations or all of them."""
+    texts = {
+        "small": {"hidden_size": 32, "layers": 1, "heads": 2},
+        "large": {"hidden_size": 192, "layers": 6, "heads": 6},
+    }
+    unets = {"small": {"block_out_channels": [48, 88], "norm_num_groups": 8}, "large": {}}
+    models = []
+    for text, size in texts.items():
+        clip = RUNS / f"clip-{text}"
+        train = Step("clip", {"run_dir": clip} | {f"text.{n}": v for n, v in size.items()})
+        latents = {"cache": RUNS / f"text-{text}-cache", "autoencoder": EMOJI}
+        told = latents | {"text_encoder": clip / "model"}
+        for unet, shape in unets.items():
+            models.append(
+                Model(
+                    f"text-{text}-unet-{unet}",
+                    f"{text} text encoder, {unet} U-Net",
+                    2000,
+                    shape | {"cross_attention_dim": size["hidden_size"]},
+                    (train, cached(latents, clip / "model")),
+                    told,
+                )
+            )
+    return models
+
+
+STUDIES = {"spaces": spaces, "towers": towers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    study = parser.parse_args().study
+    models = STUDIES[study]()
+    results = [model.results() for model in models]
+    print(machine(), "", table(models, results), sep="\n")
+    sheet(models).save(Path(__file__).with_name(f"studies_{study}.png"))
+
+
+def table(models: list[Model], results: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| | U-Net | samples | PFLOP | one object | two, in place | FID | CLIP score |"]
+    lines.append("|---" * 8 + "|")
+    for model, result in zip(models, results, strict=True):
+        clip, samples = result["features"]["clip"], 64 * model.steps
+        weights, flops = model.size()
+        lines.append(
+            f"| {model.title} | {weights / 1e6:.1f} M | {samples:,} | "
+            f"{samples * flops / 1e15:.2f} | {result['one']['objects']:.1f}% | "
+            f"{result['two']['objects_in_place']:.1f}% | {clip['frechet']:.1f} | "
+            f"{clip['clip_score']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def sheet(models: list[Model]) -> Image.Image:
+    """A row of pictures of each model, the same prompts and seeds in each."""
+    pictures, labels = [], []
+    for model in models:
+        loaded = TextToImage.load(model.run_dir / "model")
+        pictures += loaded.generate(PROMPTS, seed=list(range(len(PROMPTS))))
+        labels += [f"{model.title}: {prompt}" for prompt in PROMPTS]
+    return labelled_sheet(pictures, labels, columns=len(PROMPTS), scale=2)
+
+
+if __name__ == "__main__":
+    main()
