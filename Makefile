@@ -12,6 +12,8 @@ CONFIGS ?= configs/emoji
 # SVG="--svg DIRECTORY", where Debian's openclipart-svg is unpacked.
 LAION ?= configs/laion/sprites
 SVG ?=
+# Processes that share the tests, a file each at a time; each may take 3 GiB of memory.
+WORKERS ?= 2
 LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 BIN := .venv/bin
@@ -31,7 +33,7 @@ test: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy latentdiff training inference
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 train: .venv/train.stamp
 	$(BIN)/accelerate launch $(LAUNCH) -m training.autoencoder --config $(CONFIGS)/autoencoder.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,9 @@ from latentdiff.models.text_encoder import TextEncoder
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import TextToImage
 from latentdiff.scheduler_config import SchedulerConfig
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 
 @pytest.fixture(scope="session")
