@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.generate import machine
-from latentdiff.config import load_yaml
+from latentdiff.config import load_yaml, parse
 from latentdiff.metrics.evaluation import evaluate_protocol
 from latentdiff.metrics.feature_files import PIECE
 from latentdiff.metrics.protocol import Protocol
@@ -44,16 +44,16 @@ class Look:
 class Watch(threading.Thread):
     """Looks once a second, as long as it is let."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, count: int) -> None:
         super().__init__(daemon=True)
-        self.drawn, self.done = run_dir / "drawn", threading.Event()
+        self.drawn, self.count, self.done = run_dir / "drawn", count, threading.Event()
         self.process, self.looks = psutil.Process(), list[Look]()
 
     def run(self) -> None:
         while not self.done.wait(1):
             pieces = sum(1 for _ in self.drawn.glob("pieces-*/*.safetensors"))
             memory = self.process.memory_info().rss / 2**20
-            self.looks.append(Look(time.perf_counter(), PIECE * pieces, memory))
+            self.looks.append(Look(time.perf_counter(), min(PIECE * pieces, self.count), memory))
 
 
 def main() -> None:
@@ -62,10 +62,11 @@ def main() -> None:
     parser.add_argument("--model", default="emoji", help="model directory or the bundled one")
     options = parser.parse_args()
     count = options.pictures // len(KINDS)
-    protocol = load_yaml(Protocol, PROTOCOL).model_copy(update={"count": count})
+    values = load_yaml(Protocol, PROTOCOL).model_dump() | {"count": count}
+    protocol = parse(Protocol, values, "--pictures")
     model = TextToImage.load(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(Path(folder))
+        watch = Watch(Path(folder), count * len(KINDS))
         watch.start()
         evaluate_protocol(model, protocol, Path(folder))
         watch.done.set()

@@ -5,8 +5,10 @@
 
 Every network is trained by the programs of training/, one after the other; what is finished is not
 done again, and the same command continues after a kill. The models of one study learn from the
-same scenes and differ in nothing but what is compared. Prints a Markdown table of the figures of
-inference.evaluate, FID and CLIP score by the bundled CLIP, and writes a sheet of pictures.
+same scenes, with the bundled model's text encoder or, in `towers`, with a CLIP that stays as it is.
+A CLIP does not know left from right: of two objects it is asked what they are, not where. Prints a
+Markdown table of the figures of inference.evaluate, FID and CLIP score by the bundled CLIP, and
+writes a sheet of pictures.
 """
 
 from __future__ import annotations
@@ -51,11 +53,16 @@ class Step:
     program: str
     options: Options
 
-    def run(self) -> None:
-        command = [sys.executable, "-m", f"training.{self.program}"]
-        command += ["--config", f"configs/studies/{self.program}.yaml"]
+    @property
+    def arguments(self) -> list[str]:
+        """Of the command line."""
+        words = ["--config", f"configs/studies/{self.program}.yaml"]
         for name, value in self.options.items():
-            command += [f"--{name}", str(value).replace("'", "")]
+            words += [f"--{name}", str(value).replace("'", "")]
+        return words
+
+    def run(self) -> None:
+        command = [sys.executable, "-m", f"training.{self.program}", *self.arguments]
         subprocess.run(command, check=True)
 
 
@@ -76,14 +83,18 @@ class Model:
     def run_dir(self) -> Path:
         return RUNS / self.name
 
-    def results(self) -> dict[str, Any]:
-        """inference.evaluate's, of the model, which is trained first."""
-        for step in self.before:
-            step.run()
+    @property
+    def training(self) -> tuple[Step, ...]:
+        """All that is trained and cached, the U-Net last."""
         options = {f"unet.{name}": value for name, value in self.unet.items()} | self.options
         own = {"run_dir": self.run_dir, "max_steps": self.steps}
         own["optimizer.cooldown_steps"] = self.steps // 2
-        Step("diffusion", own | options).run()
+        return *self.before, Step("diffusion", own | options)
+
+    def results(self) -> dict[str, Any]:
+        """inference.evaluate's, of the model, which is trained first."""
+        for step in self.training:
+            step.run()
         command = [sys.executable, "-m", "inference.evaluate"]
         command += ["--config", "configs/emoji/evaluate.yaml"]
         command += ["--model", str(self.run_dir / "model")]
@@ -99,12 +110,12 @@ class Model:
             unet = UNet(config)
             x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
             text = torch.empty(1, TOKENS, config.cross_attention_dim)
-            flops = step_flops(unet, x, torch.zeros(1), unet.condition(text, None, None))
+            flops = step_flops(unet, x, torch.zeros(1), text)
         return sum(value.numel() for value in unet.parameters()), flops
 
 
 def autoencoder(name: str, options: Options) -> tuple[Step, Options]:
-    """Trains a VAE and caches its latents; what else the U-Net is to be told."""
+    """What trains a VAE, and what the U-Net is to be told of it."""
     run_dir, cache = RUNS / f"{name}-autoencoder", RUNS / f"{name}-cache"
     return Step("autoencoder", {"run_dir": run_dir} | options), {
         "cache": cache,
@@ -119,7 +130,7 @@ def cached(latents: Options, text_encoder: str | Path = EMOJI) -> Step:
 
 
 def spaces() -> list[Model]:
-    """Equal operations of each U-Net; as many channels as give them similar numbers of weights."""
+    """U-Nets of 7.2 to 7.7 million weights, trained with equal operations."""
     three = {"in_channels": 3, "out_channels": 3}
     latents = {"cache": RUNS / "latents-cache", "autoencoder": EMOJI}
     nothing = {"vae.block_out_channels": [8], "max_steps": 1, "optimizer.learning_rate": 1e-9}
@@ -130,16 +141,16 @@ def spaces() -> list[Model]:
         Model(
             "small",
             "small pictures, 16 x 16 x 3, made larger",
-            2900,
-            three | {"sample_size": 16} | levels([32, 64, 128]),
+            1620,
+            three | {"sample_size": 16} | levels([32, 96, 176]),
             (small, cached(small_latents)),
             small_latents,
         ),
         Model(
             "pixels",
             "pixels, 64 x 64 x 3",
-            590,
-            three | {"sample_size": 64} | levels([16, 32, 64, 128]),
+            350,
+            three | {"sample_size": 64} | levels([16, 32, 96, 176]),
             (pixels, cached(pixel_latents)),
             pixel_latents,
         ),
@@ -198,7 +209,7 @@ def main() -> None:
 
 def table(models: list[Model], results: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | U-Net | samples | PFLOP | one object | two, in place | FID | CLIP score |"]
+    lines = ["| | U-Net | samples | PFLOP | one object | two objects | FID | CLIP score |"]
     lines.append("|---" * 8 + "|")
     for model, result in zip(models, results, strict=True):
         clip, samples = result["features"]["clip"], 64 * model.steps
@@ -206,7 +217,7 @@ def table(models: list[Model], results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {model.title} | {weights / 1e6:.1f} M | {samples:,} | "
             f"{samples * flops / 1e15:.2f} | {result['one']['objects']:.1f}% | "
-            f"{result['two']['objects_in_place']:.1f}% | {clip['frechet']:.1f} | "
+            f"{result['two']['objects']:.1f}% | {clip['frechet']:.1f} | "
             f"{clip['clip_score']:.1f} |"
         )
     return "\n".join(lines)

@@ -187,11 +187,12 @@ def load_model(
 def save_model(
     parts: ModelParts, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a model that load_model and diffusers open; weights are stored as `dtype`.
+    """Write a model that load_model opens, and diffusers but for a PooledVAE.
 
-    A path that ends in .safetensors becomes one file in CompVis/A1111 layout, for
-    `from_single_file`; any other a directory in the layout of diffusers' `from_pretrained`. Equal
-    parts make equal bytes. The model appears whole or not at all; one already there is replaced.
+    Weights are stored as `dtype`. A path that ends in .safetensors becomes one file in
+    CompVis/A1111 layout, for `from_single_file`; any other a directory in the layout of diffusers'
+    `from_pretrained`. Equal parts make equal bytes. The model appears whole or not at all; one
+    already there is replaced.
     Raises InputError when something else is, and when a single file has no place for a part.
     """
     path = Path(path)

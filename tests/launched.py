@@ -33,6 +33,10 @@ def launch(
 def printed_by(run: subprocess.Popen[str]) -> str:
     """What it prints, once all of its processes have ended well."""
     with run:
-        printed, errors = run.communicate(timeout=600)
+        try:
+            printed, errors = run.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # the launcher ends its processes
+            raise
     assert run.returncode == 0, errors[-4000:]
     return printed

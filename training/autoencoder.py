@@ -37,7 +37,9 @@ V = TypeVar("V", bound=AnyVAE)
 
 
 class VAEConfig(Config):
-    """Sizes of an AutoencoderKL without attention: any picture size, crops train it."""
+    """Sizes of an AutoencoderKL without attention, or of a PooledVAE: any picture size, crops train
+    it.
+    """
 
     encoder: Literal["learned", "means"] = "learned"
     """"means": latents are the means of blocks of pixels, or the pixels themselves where there is
@@ -47,8 +49,8 @@ class VAEConfig(Config):
     """Channels of each level from full resolution down; each level after the first halves it."""
     layers_per_block: int = Field(default=1, gt=0)
     """Residual blocks in a level of the encoder; the decoder has one more."""
-    latent_channels: int = Field(default=3, gt=0)
-    """Values per latent position; three of means."""
+    latent_channels: int = Field(gt=0)
+    """Values per latent position; of means three."""
     norm_num_groups: int = Field(default=8, gt=0)
     """Groups of the group normalization; divides every channel count."""
 
@@ -61,8 +63,13 @@ class VAEConfig(Config):
     def build(self, sample_size: int) -> AnyVAE:
         """Initial weights: residual branches zero, the encoder Haar's, the posterior narrow."""
         if self.encoder == "means":
-            pooled = PooledVAE(self.block_out_channels, self.layers_per_block, self.norm_num_groups)
-            return start_as_identity(pooled)
+            return start_as_identity(
+                PooledVAE(
+                    block_out_channels=self.block_out_channels,
+                    layers_per_block=self.layers_per_block,
+                    norm_num_groups=self.norm_num_groups,
+                )
+            )
         levels = len(self.block_out_channels)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,

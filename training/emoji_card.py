@@ -151,7 +151,7 @@ def describe(config: ScenesConfig) -> str:
         reading_order=config.reading_order,
         sizes=_alternatives(config.sizes),
         pair_sizes=_alternatives(config.pair_sizes),
-        alone=_alone(config),
+        alone=_alone(train),
         concepts=len(config.concepts),
         nouns=sum(len(concept.nouns) for concept in config.concepts),
         noun_list=", ".join(" / ".join(concept.nouns) for concept in config.concepts),
@@ -168,10 +168,16 @@ def _alternatives(sizes: tuple[int, ...]) -> str:
     return " or ".join(map(str, sizes))
 
 
-def _alone(config: ScenesConfig) -> str:
+def _alone(scenes: EmojiScenes) -> str:
+    config = scenes.config
     if config.spread == 0.5:
         return "anywhere"
-    return f"at most {int(config.spread * config.resolution)} px from the picture's, each way"
+    off = [
+        abs(place + (size - config.resolution) / 2)
+        for size in config.sizes
+        for place in scenes.middle(size, config.spread)
+    ]
+    return f"at most {max(off):g} px from the picture's, each way"
 
 
 def _about_sprites() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -103,9 +104,10 @@ class ScenesConfig(Config):
         for size in self.sizes:
             nearest = min(abs(p - (side - size) / 2) for p in range(0, side - size + 1, self.grid))
             if nearest > self.spread * side:
+                least = math.ceil(1e4 * nearest / side) / 1e4
                 raise ValueError(
                     f"spread leaves an object of {size} pixels no place on the grid; it must be "
-                    f"at least {nearest / side:g}"
+                    f"at least {least}"
                 )
         return self
 
@@ -226,7 +228,7 @@ class EmojiScenes:
         config, side = self.config, self.config.resolution
         if relation is None:
             size = rng.choice(config.sizes)
-            places = self._middle(size, config.spread)
+            places = self.middle(size, config.spread)
             return (Placed(nouns[0], rng.choice(places), rng.choice(places), size),)
         placed = []
         for number, noun in enumerate(nouns):
@@ -234,12 +236,12 @@ class EmojiScenes:
             lower = (number == 0) == (relation in ("left", "above"))
             along = rng.choice(range(0, side // 2 - size + 1, config.grid))
             along += 0 if lower else side // 2
-            across = rng.choice(self._middle(size, SPREAD))
+            across = rng.choice(self.middle(size, SPREAD))
             x, y = (along, across) if relation in ("left", "right") else (across, along)
             placed.append(Placed(noun, x, y, size))
         return tuple(placed)
 
-    def _middle(self, size: int, spread: float) -> list[int]:
+    def middle(self, size: int, spread: float) -> list[int]:
         """Where boxes of a size may start, across or down."""
         side = self.config.resolution
         return [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import InputError
 from latentdiff.models import strips
-from latentdiff.models.pooled import PooledVAE
+from latentdiff.models.pooled import Means, PooledVAE
 
 AnyVAE: TypeAlias = AutoencoderKL | PooledVAE
 
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
         """
         encoder = self._precise(self.vae.encoder)
         images = images.to(self._compute_dtype)
-        if tile is None:
+        if tile is None or isinstance(encoder, Means):
             moments = encoder(images)
         else:
             moments = _each(strips.encode, encoder, images, tile)
@@ -98,7 +98,7 @@ class Autoencoder(nn.Module):
         if self.vae.post_quant_conv is not None:
             latents = self._precise(self.vae.post_quant_conv)(latents)
         decoder = self._precise(self.vae.decoder)
-        if tile is None:
+        if tile is None or isinstance(decoder, nn.Identity):
             return decoder(latents)
         return _each(strips.decode, decoder, latents, tile)
 

@@ -28,15 +28,16 @@ class Means(nn.Module):
 class PooledVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """In the place of diffusers' AutoencoderKL, with its attributes; latents have three channels.
 
-    The encoder learns nothing. With one level latents are the pictures themselves, both ways: a
-    U-Net on them is DDPM's (Ho et al. 2020). With more, each halves the picture, and the decoder,
-    AutoencoderKL's, learns to undo it: the super-resolution of cascades (Ho et al. 2021), without
-    their diffusion.
+    The encoder learns nothing. With one level latents are the pictures themselves, both ways, until
+    they are standardized: a U-Net on them is DDPM's (Ho et al. 2020). With more, each halves the
+    picture, and the decoder, AutoencoderKL's, learns to undo it: the super-resolution of cascades
+    (Ho et al. 2021), without their diffusion.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
+        *,
         block_out_channels: tuple[int, ...],
         layers_per_block: int = 1,
         norm_num_groups: int = 8,
@@ -46,6 +47,8 @@ class PooledVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         levels = len(block_out_channels)
+        if latent_channels != 3 or not levels:
+            raise ValueError("a PooledVAE has three latent channels and at least one level")
         self.encoder = Means(2 ** (levels - 1))
         self.quant_conv = nn.Conv2d(6, 6, 1)
         self.post_quant_conv = nn.Conv2d(3, 3, 1)

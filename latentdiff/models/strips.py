@@ -7,7 +7,7 @@ every convolution the rows beyond its strip, so nothing is approximated and noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def decode(decoder: Any, latents: Tensor, size: int) -> Tensor:
 
     Raises InputError for a decoder with attention after its middle block.
     """
-    _check_blocks(getattr(decoder, "up_blocks", [decoder]), UpDecoderBlock2D)
+    _check_blocks(decoder.up_blocks, UpDecoderBlock2D)
     x = Activation.of(decoder.mid_block(decoder.conv_in(latents)))
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -84,7 +84,7 @@ def encode(encoder: Any, images: Tensor, size: int) -> Tensor:
 
     Raises InputError for an encoder with attention before its middle block.
     """
-    _check_blocks(getattr(encoder, "down_blocks", [encoder]), DownEncoderBlock2D)
+    _check_blocks(encoder.down_blocks, DownEncoderBlock2D)
     size *= 2 ** (len(encoder.down_blocks) - 1)
     x = _convolved(Activation.of(images), encoder.conv_in).compute(size)
     for block in encoder.down_blocks:
@@ -98,7 +98,7 @@ def encode(encoder: Any, images: Tensor, size: int) -> Tensor:
     return encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(hidden)))
 
 
-def _check_blocks(blocks: Iterable[nn.Module], supported: type[nn.Module]) -> None:
+def _check_blocks(blocks: nn.ModuleList, supported: type[nn.Module]) -> None:
     for block in blocks:
         if not isinstance(block, supported):
             raise InputError(

@@ -487,7 +487,7 @@ def test_variants_depend_on_their_seed() -> None:
         ({"spread": 0.6}, "spread"),
         (
             {"sizes": (36,), "spread": 0.03},
-            "spread leaves an object of 36 pixels no place .* 0.03125",
+            "spread leaves an object of 36 pixels no place .* 0.0313",
         ),
         ({"backgrounds": {}}, "backgrounds"),
         ({"backgrounds": {"red": (256, 0, 0)}}, r"backgrounds\.red\.0"),

@@ -27,6 +27,7 @@ def test_nothing_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ((prompts, seed),) = asked
     scenes = TextToImage.load().parts.vocabulary
     assert scenes is not None
+    assert len(prompts) == 32
     for number, kind in enumerate(KINDS):
         assert prompts[8 * number :][:8] == [prompt_for(one) for one in kind.scenes(scenes, 8)]
     assert seed == 0

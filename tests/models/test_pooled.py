@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,11 @@ IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 
 def make(*channels: int) -> Autoencoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Autoencoder(PooledVAE(channels, norm_num_groups=4)).eval().requires_grad_(False)
+        return (
+            Autoencoder(PooledVAE(block_out_channels=channels, norm_num_groups=4))
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def test_with_one_level_latents_are_pixels_both_ways() -> None:
@@ -46,7 +52,11 @@ def test_with_more_they_are_means_of_blocks(levels: int) -> None:
 
 
 def test_only_what_makes_pixels_of_means_is_trained() -> None:
-    trained = {name for name, value in PooledVAE((8, 8)).named_parameters() if value.requires_grad}
+    trained = {
+        name
+        for name, value in PooledVAE(block_out_channels=(8, 8)).named_parameters()
+        if value.requires_grad
+    }
     assert {name.partition(".")[0] for name in trained} == {"decoder", "post_quant_conv"}
 
 
@@ -95,6 +105,40 @@ def test_a_single_file_has_no_place_for_it(pixel_parts: ModelParts, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pixels_have_no_strips(pixel_parts: ModelParts) -> None:
-    with pytest.raises(InputError, match="leave tile out"):
-        draw(TextToImage(pixel_parts), tile=2)
+def test_pixels_need_no_strips(pixel_parts: ModelParts) -> None:
+    model = TextToImage(pixel_parts)
+    assert (draw(model, tile=2) == draw(model)).all()
+
+
+def test_small_pictures_are_made_larger_in_strips(pixel_parts: ModelParts) -> None:
+    """And made smaller whole, which takes no memory to speak of."""
+    small = make(8, 8, 8)
+    latents = small.encode(IMAGES).mean
+    assert small.encode(IMAGES, tile=1).mean.equal(latents)
+    torch.testing.assert_close(
+        small.decode(latents, tile=1), small.decode(latents), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("changes", [{"latent_channels": 4}, {"block_out_channels": []}])
+def test_a_bad_config_is_refused_when_it_is_loaded(
+    pixel_parts: ModelParts, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    save_model(pixel_parts, tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=r"vae/config.json"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_what_training_leaves_keeps_pixels_in_half_precision(
+    pixel_parts: ModelParts, tmp_path: Path
+) -> None:
+    """Standardized, and fp16 on the disk."""
+    pixel_parts.autoencoder.standardize(torch.tensor([0.3, -0.2, 0.1]), torch.full((3,), 0.4))
+    save_model(pixel_parts, tmp_path / "model", torch.float16)
+    half = load_model(str(tmp_path / "model"), torch.float16).autoencoder
+    latents = half.encode(IMAGES).mean
+    torch.testing.assert_close(latents.mean(), IMAGES.mean() / 0.4 - 1 / 6, atol=0.1, rtol=0)
+    decoded = half.decode(latents).float()
+    torch.testing.assert_close(decoded, IMAGES, atol=1e-2, rtol=0)

@@ -1,0 +1,48 @@
+"""The studies' options exist: a wrong one would come to light after hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.studies import STUDIES, Model, Step
+from latentdiff.config import Config, load_config
+from latentdiff.models.unet import UNet
+from training.autoencoder import AutoencoderConfig
+from training.cache_latents import CacheConfig
+from training.clip import ClipConfig
+from training.diffusion import DiffusionConfig
+
+CONFIGS: dict[str, type[Config]] = {
+    "autoencoder": AutoencoderConfig,
+    "cache_latents": CacheConfig,
+    "clip": ClipConfig,
+    "diffusion": DiffusionConfig,
+}
+MODELS = [model for study in STUDIES.values() for model in study()]
+
+
+def load(step: Step) -> Config:
+    return load_config(CONFIGS[step.program], step.arguments)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_program_takes_its_options(model: Model) -> None:
+    *before, last = map(load, model.training)
+    assert isinstance(last, DiffusionConfig)
+    assert last.run_dir == model.run_dir
+    assert last.unet is not None
+    assert UNet(last.unet).config.cross_attention_dim == (last.unet.cross_attention_dim)
+    caches = [config for config in before if isinstance(config, CacheConfig)]
+    assert [str(config.run_dir) for config in caches] == [last.cache]
+    assert caches[0].autoencoder == last.autoencoder
+    assert caches[0].text_encoder == last.text_encoder
+
+
+def test_no_two_runs_share_a_directory() -> None:
+    made: dict[Path, Config] = {}
+    for model in MODELS:
+        for step in model.training:
+            config = load(step)
+            assert made.setdefault(config.run_dir, config) == config  # type: ignore[attr-defined]
