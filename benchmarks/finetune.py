@@ -19,12 +19,14 @@ import numpy as np
 
 from latentdiff.config import load_yaml
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
-from latentdiff.drawing import DrawingConfig, drawn
+from latentdiff.drawing import drawn
+from latentdiff.metrics.protocol import Protocol
 from latentdiff.metrics.scene_accuracy import KINDS, Judge, prompt_for, shares
 from latentdiff.pipeline import TextToImage
 
 SCENES = Path("configs/finetune/scenes.yaml")
 OLD = Path("configs/emoji/scenes.yaml")
+PROTOCOL = load_yaml(Protocol, "configs/protocols/emoji_scenes.yaml")
 
 
 def asked(config: ScenesConfig, nouns: set[str], count: int) -> list[Scene]:
@@ -34,8 +36,8 @@ def asked(config: ScenesConfig, nouns: set[str], count: int) -> list[Scene]:
 
 
 def accuracy(model: TextToImage, judge: Judge, scenes: list[Scene]) -> dict[str, float]:
-    """Shares in percent, at 25 steps of DDIM and guidance scale 4."""
-    pictures = drawn(model, [prompt_for(scene) for scene in scenes], DrawingConfig())
+    """Shares in percent, drawn as the emoji scenes' protocol says."""
+    pictures = drawn(model, [prompt_for(scene) for scene in scenes], PROTOCOL)
     return shares(judge.all(map(np.asarray, pictures), scenes))
 
 

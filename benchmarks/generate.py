@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "a fox to the left of a red apple on a blue background"
-SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0}
+SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 3.0}
 
 
 def main() -> None:

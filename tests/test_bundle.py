@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +122,8 @@ def test_batches_do_not_change_a_picture(bundle: TextToImage) -> None:
 
 def test_diffusers_draws_the_same_picture(bundle: TextToImage) -> None:
     """StableDiffusionPipeline with DDIM, the same initial noise, 25 steps, within 2/255."""
-    ours = np.asarray(bundle.generate(PROMPT, seed=7), dtype=int)
+    settings: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 3.0}
+    ours = np.asarray(bundle.generate(PROMPT, seed=7, sampler="ddim", **settings), dtype=int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = StableDiffusionPipeline.from_pretrained(BUNDLE, torch_dtype=torch.float32)
@@ -130,7 +132,6 @@ def test_diffusers_draws_the_same_picture(bundle: TextToImage) -> None:
     theirs = pipeline(
         PROMPT,
         generator=torch.Generator().manual_seed(7),
-        num_inference_steps=25,
-        guidance_scale=4.0,
+        **settings,
     ).images[0]
     assert np.abs(np.asarray(theirs, dtype=int) - ours).max() <= 2

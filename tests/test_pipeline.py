@@ -204,7 +204,7 @@ def test_info_holds_everything_that_made_it(tiny: TextToImage, tiny_model: Path)
         height=32,
         width=64,
         num_inference_steps=2,
-        guidance_scale=4.0,
+        guidance_scale=3.0,
         sampler="euler",
         model=tiny_model.name,
         model_sha256=model_hash(tiny_model),

@@ -73,8 +73,8 @@ class DiffusionConfig(PartsConfig):
     """The loss and what is drawn for it."""
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     """What the sample grids show."""
-    sample_guidance_scale: float = Field(default=4.0, ge=1)
-    """Guidance scale of the sample grids."""
+    sample_guidance_scale: float | None = Field(default=None, ge=1)
+    """Guidance scale of the sample grids; by default what `generate` takes."""
     evaluation: Path | None = None
     """The protocol's YAML file, such as one of configs/protocols/, by which the averaged weights
     are measured every evaluate_every steps."""
