@@ -213,6 +213,21 @@ def test_info_holds_everything_that_made_it(tiny: TextToImage, tiny_model: Path)
     assert "Negative prompt: apple" in image.info["parameters"]
 
 
+def test_models_of_emoji_scenes_have_a_sampler_and_a_scale_of_their_own(
+    tiny_parts: ModelParts,
+) -> None:
+    plain = dataclasses.replace(tiny_parts, vocabulary=None)
+    for parts, expected in ((tiny_parts, ("ddpm", 3.0)), (plain, ("ddim", 7.5))):
+        image = TextToImage(parts).generate("fox", seed=3, num_inference_steps=2)
+        recipe = recipe_of(image)
+        assert (recipe.sampler, recipe.guidance_scale) == expected
+        sampler, scale = expected
+        again = TextToImage(parts).generate(
+            "fox", seed=3, num_inference_steps=2, sampler=sampler, guidance_scale=scale
+        )
+        assert_same(image, again, within=0)
+
+
 def test_a_recipe_makes_the_third_of_a_batch_again(tiny: TextToImage) -> None:
     settings: dict[str, Any] = {
         "num_inference_steps": 3,
