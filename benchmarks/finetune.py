@@ -3,7 +3,8 @@ r"""What a fine-tune on ten new emoji concepts learns and what it forgets: full 
 accelerate launch -m training.cache_latents --config configs/finetune/cache_latents.yaml
 accelerate launch -m training.diffusion --config configs/finetune/diffusion.yaml
 accelerate launch -m training.diffusion --config configs/finetune/diffusion.yaml \
-    --run_dir runs/finetune/lora --lora.rank 32 --optimizer.learning_rate 2e-3
+    --run_dir runs/finetune/lora --optimizer.learning_rate 2e-3 \
+    --lora.rank 32 --lora.targets "[attention,feed_forward,convolution]"
 python -m benchmarks.finetune
 
 Prints a Markdown table of object accuracy on single objects, before and after.
