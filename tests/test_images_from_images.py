@@ -24,6 +24,7 @@ from latentdiff.recipe import picture_hash, recipe_from_json
 
 PROMPT = "a fox above a rocket"
 SETTINGS: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 3.0}
+OURS: dict[str, Any] = SETTINGS | {"sampler": "ddim"}
 
 
 def pixels(images: Any) -> np.ndarray:
@@ -83,7 +84,7 @@ def test_from_a_picture_as_diffusers_does(
     expected = theirs(
         [PROMPT, "a rocket"], image=[photo] * 2, strength=strength, generator=generators, **SETTINGS
     ).images
-    ours = tiny.generate([PROMPT, "a rocket"], image=photo, strength=strength, seed=4, **SETTINGS)
+    ours = tiny.generate([PROMPT, "a rocket"], image=photo, strength=strength, seed=4, **OURS)
     assert np.abs(pixels(ours) - pixels(expected)).max() <= 2
 
 
@@ -120,7 +121,7 @@ def test_into_a_mask_as_diffusers_does(
         generator=torch.Generator().manual_seed(4),
         **SETTINGS,
     ).images
-    ours = model.generate(PROMPT, image=photo, mask=mask, strength=strength, seed=4, **SETTINGS)
+    ours = model.generate(PROMPT, image=photo, mask=mask, strength=strength, seed=4, **OURS)
     where = np.asarray(mask) > 127
     ours, expected = pixels([ours])[0], pixels([expected])[0]
     assert np.abs(ours - expected)[where].max() <= 2
@@ -131,7 +132,7 @@ def test_into_a_mask_as_diffusers_does(
 def test_more_strength_changes_more(tiny: TextToImage, photo: Image.Image) -> None:
     changes = [
         np.abs(
-            pixels([tiny.generate(PROMPT, image=photo, strength=s, seed=1, **SETTINGS)])
+            pixels([tiny.generate(PROMPT, image=photo, strength=s, seed=1, **OURS)])
             - pixels([photo])
         ).mean()
         for s in (0.2, 0.6, 1.0)
@@ -144,7 +145,7 @@ def test_the_recipe_names_the_pictures(
 ) -> None:
     photo.save(tmp_path / "photo.png")
     image = tiny.generate(
-        PROMPT, image=tmp_path / "photo.png", mask=mask, strength=0.5, seed=1, **SETTINGS
+        PROMPT, image=tmp_path / "photo.png", mask=mask, strength=0.5, seed=1, **OURS
     )
     assert isinstance(image, Image.Image)
     recipe = recipe_from_json(image.info["latentdiff"])
@@ -161,7 +162,7 @@ def test_the_recipe_names_the_pictures(
 def test_what_is_outside_the_mask_stays(
     tiny: TextToImage, photo: Image.Image, mask: Image.Image, sampler: str
 ) -> None:
-    made = tiny.generate(PROMPT, image=photo, mask=mask, seed=2, sampler=sampler, **SETTINGS)
+    made = tiny.generate(PROMPT, image=photo, mask=mask, seed=2, **OURS | {"sampler": sampler})
     outside = np.asarray(mask) == 0
     assert (pixels([made])[0] == pixels([photo])[0])[outside].all()
 
@@ -181,7 +182,7 @@ def test_sides_are_cut_to_what_the_model_makes(tiny: TextToImage) -> None:
 def test_a_mask_of_a_few_pixels_is_painted(tiny: TextToImage, photo: Image.Image) -> None:
     mask = Image.new("L", photo.size)
     ImageDraw.Draw(mask).rectangle((21, 22, 23, 23), fill="white")
-    made = pixels([tiny.generate(PROMPT, image=photo, mask=mask, seed=1, **SETTINGS)])[0]
+    made = pixels([tiny.generate(PROMPT, image=photo, mask=mask, seed=1, **OURS)])[0]
     changed = (made != pixels([photo])[0]).any(axis=-1)
     assert changed[22:24, 21:24].all()
     assert changed.sum() == 6
@@ -213,6 +214,6 @@ def test_an_inpainting_pipeline_may_have_a_plain_unet(
 ) -> None:
     """As in diffusers, it is then held to the picture outside the mask."""
     parts = dataclasses.replace(tiny_parts, pipeline="StableDiffusionInpaintPipeline")
-    made = TextToImage(parts).generate(PROMPT, image=photo, mask=mask, seed=4, **SETTINGS)
-    expected = TextToImage(tiny_parts).generate(PROMPT, image=photo, mask=mask, seed=4, **SETTINGS)
+    made = TextToImage(parts).generate(PROMPT, image=photo, mask=mask, seed=4, **OURS)
+    expected = TextToImage(tiny_parts).generate(PROMPT, image=photo, mask=mask, seed=4, **OURS)
     assert (pixels([made]) == pixels([expected])).all()
