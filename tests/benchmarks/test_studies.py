@@ -33,7 +33,14 @@ def test_every_program_takes_its_options(model: Model) -> None:
     assert isinstance(last, DiffusionConfig)
     assert last.run_dir == model.run_dir
     assert last.unet is not None
-    assert UNet(last.unet).config.cross_attention_dim == (last.unet.cross_attention_dim)
+    UNet(last.unet)  # its channels divide into groups and heads
+    for config in before:
+        if isinstance(config, ClipConfig):
+            assert config.text.hidden_size == last.unet.cross_attention_dim
+        if isinstance(config, AutoencoderConfig):
+            levels = len(config.vae.block_out_channels)
+            assert config.vae.latent_channels == last.unet.in_channels == last.unet.out_channels
+            assert last.unet.sample_size == 64 // 2 ** (levels - 1)
     caches = [config for config in before if isinstance(config, CacheConfig)]
     assert [str(config.run_dir) for config in caches] == [last.cache]
     assert caches[0].autoencoder == last.autoencoder
