@@ -14,7 +14,9 @@ LAION ?= configs/laion/sprites
 SVG ?=
 # Processes that share the tests, a file each at a time; each may take 3 GiB of memory.
 WORKERS ?= 2
-LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# accelerate gives a process one thread of the CPU where it is told nothing.
+LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN)
 
 BIN := .venv/bin
 # Without byte code up front: Python caches what is imported when it is, a tenth of it all.

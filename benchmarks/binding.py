@@ -19,7 +19,8 @@ from torch import Tensor
 
 from latentdiff.data.scenes import EmojiScenes
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.errors import InputError, run_command
+from latentdiff.errors import run_command
+from latentdiff.metrics.scene_accuracy import KINDS
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal
 
@@ -61,15 +62,11 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=400, help="of each split")
     options = parser.parse_args()
     model = TextToImage.load(options.model)
-    vocabulary = model.parts.vocabulary
-    if vocabulary is None:
-        raise InputError(f"{options.model} has no vocabulary.json; this is for emoji scenes.")
-    pairs = vocabulary.model_copy(update={"pair_share": 1.0})
     print("| pairs | left | right | above | below | all |\n|---|---|---|---|---|---|")
-    for split, title in (("train", "seen together"), ("held_out", "*never* seen together")):
-        shares = binding(model, EmojiScenes(pairs, split), options.captions)
+    for kind in (kind for kind in KINDS if kind.pairs):
+        shares = binding(model, kind.source(model.parts.scenes()), options.captions)
         cells = [f"{shares[name]:.1%}" for name in ("left", "right", "above", "below", "all")]
-        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+        print(f"| {kind.title} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

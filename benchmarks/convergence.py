@@ -22,14 +22,15 @@ lcm is in neither: with the true consistency function it is exact after any numb
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.panels import Line, Panel, save
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.diffusion.schedule import Schedule
 
@@ -53,11 +54,11 @@ def main() -> None:
     followed = {name: [flow_error(name, count) for count in STEPS] for name in DETERMINISTIC}
     spread = {name: [spread_error(name, count) for count in STEPS] for name in STOCHASTIC}
     print(table("Error of each sample", followed), table("Error of the spread", spread), sep="\n\n")
-    panels = (
-        panel(followed, 0, "Deterministic samplers", "error of each sample (RMS)"),
-        panel(spread, WIDTH // 2, "Stochastic samplers", "error of the standard deviation"),
+    save(
+        path,
+        panel("Deterministic samplers", "error of each sample (RMS)", followed),
+        panel("Stochastic samplers", "error of the standard deviation", spread),
     )
-    path.write_text(svg("".join(panels)), encoding="utf-8")
 
 
 def levels(steps: int) -> Tensor:
@@ -128,107 +129,22 @@ def table(title: str, errors: Errors) -> str:
     return "\n".join(lines)
 
 
-# The plot: two panels side by side, both axes logarithmic.
-
-WIDTH, HEIGHT = 1000, 430
-LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 62, 62, 232, 296
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a6428c", "#b8860b", "#444444")
-
-
-def panel(errors: Errors, shift: int, title: str, axis: str) -> str:
-    """One set of axes with a curve for each sampler; those that coincide share one.
-
-    Two calls of the network a step make a broken line.
-    """
-    values = [value for row in errors.values() for value in row]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-
-    def across(steps: float) -> float:
-        share = math.log(steps / STEPS[0]) / math.log(STEPS[-1] / STEPS[0])
-        return shift + LEFT + PANEL_WIDTH * share
-
-    def down(error: float) -> float:
-        return TOP + PANEL_HEIGHT * (high - math.log10(error)) / (high - low)
-
-    right, bottom = across(STEPS[-1]), TOP + PANEL_HEIGHT
-    parts = [text(shift + LEFT, TOP - 30, title, "title"), text(shift + LEFT, TOP - 12, axis)]
-    for steps in STEPS:
-        parts += [line(across(steps), TOP, across(steps), bottom)]
-        parts += [text(across(steps), bottom + 18, str(steps), "middle")]
-    for power in range(low, high + 1):
-        height = down(10.0**power)
-        exponent = str(power).replace("-", "−")
-        tick = f'10<tspan dy="-5" font-size="9">{exponent}</tspan>'
-        parts += [line(across(STEPS[0]), height, right, height)]
-        parts += [text(shift + LEFT - 8, height + 4, tick, "end")]
-    middle = shift + LEFT + PANEL_WIDTH / 2
-    parts += [text(middle, bottom + 40, "steps", "middle")]
-
-    curves = joined(errors)
-    heights = apart({label: down(row[-1]) for label, row, _ in curves}, 30)
-    for colour, (label, row, calls) in zip(COLOURS, curves, strict=False):
-        points = [(across(n), down(value)) for n, value in zip(STEPS, row, strict=True)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dashes = ' stroke-dasharray="5 3"' if calls == 2 else ""
-        parts += [f'<polyline points="{path}" stroke="{colour}"{dashes}/>\n']
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>\n' for x, y in points]
-        height, note = heights[label], ", 2 calls a step" if calls == 2 else ""
-        parts += [line(right + 4, points[-1][1], right + 14, height, "leader")]
-        parts += [text(right + 18, height + 1, label, "name", colour)]
-        parts += [text(right + 18, height + 14, f"order {order(row):.1f}{note}", "note")]
-    return "".join(parts)
-
-
-def joined(errors: Errors) -> list[tuple[str, list[float], int]]:
-    """(label, errors, calls a step) of each curve."""
-    curves: list[tuple[str, list[float], int]] = []
+def panel(title: str, up: str, errors: Errors) -> Panel:
+    """A line for each sampler; those that coincide share one. Two calls a step make it broken."""
+    lines: list[Line] = []
     for name, row in errors.items():
-        for place, (label, other, calls) in enumerate(curves):
-            if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(row, other, strict=True)):
-                curves[place] = (f"{label}, {name}", other, calls)
+        for place, other in enumerate(lines):
+            if all(
+                math.isclose(a, b, rel_tol=1e-6)
+                for a, (_, b) in zip(row, other.points, strict=True)
+            ):
+                lines[place] = replace(other, name=f"{other.name}, {name}")
                 break
         else:
-            curves.append((name, row, 1 + (name in TWO_CALLS)))
-    return curves
-
-
-def apart(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """The heights moved so that no two labels are nearer than `gap`, about where they were."""
-    placed = sorted(heights, key=heights.__getitem__)
-    result = dict(heights)
-    for _ in range(50):
-        for above, below in itertools.pairwise(placed):
-            if (missing := gap - (result[below] - result[above])) > 0:
-                result[above] -= missing / 2
-                result[below] += missing / 2
-    return result
-
-
-def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>\n'
-
-
-def text(x: float, y: float, content: str, kind: str = "", fill: str = "#24292f") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" fill="{fill}">{content}</text>\n'
-
-
-def svg(content: str) -> str:
-    style = """
-text { font: 12px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
-.title { font-size: 15px; font-weight: 600 }
-.middle { text-anchor: middle }
-.end { text-anchor: end }
-.name { font-weight: 600 }
-.note { font-size: 11px; fill: #6e7781 }
-.grid { stroke: #e4e7eb; stroke-width: 1 }
-.leader { stroke: #afb8c1; stroke-width: 1 }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
-"""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}">\n<style>{style}</style>\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#ffffff"/>\n{content}</svg>\n'
-    )
+            dashed = name in TWO_CALLS
+            note = ", 2 calls a step" if dashed else ""
+            lines.append(Line(name + note, list(zip(STEPS, row, strict=True)), dashed=dashed))
+    return Panel(title, "steps", up, lines, ticks=STEPS)
 
 
 if __name__ == "__main__":

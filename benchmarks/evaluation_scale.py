@@ -4,7 +4,9 @@
 
 Runs the protocol of emoji scenes on so many prompts in one process, from nothing, and prints a
 Markdown table: a row for each tenth of the pictures, one for the real pictures before them and one
-for the figures after. Memory is what is resident, looked at once a second.
+for the figures after. Memory is what is resident, looked at once a second. Plots the Frechet
+distance against the number of pictures that it is taken of (benchmarks/evaluation_scale.svg), and
+the line through it that ends at infinitely many (Chong and Forsyth 2020).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from benchmarks.generate import machine
+from benchmarks.panels import Line, Panel, save
 from latentdiff.config import load_yaml, parse
 from latentdiff.metrics.evaluation import evaluate_protocol
 from latentdiff.metrics.feature_files import PIECE
@@ -60,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--model", default="emoji", help="model directory or the bundled one")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".svg"))
     options = parser.parse_args()
     count = options.pictures // len(KINDS)
     values = load_yaml(Protocol, PROTOCOL).model_dump() | {"count": count}
@@ -68,10 +73,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(Path(folder), count * len(KINDS))
         watch.start()
-        evaluate_protocol(model, protocol, Path(folder))
+        results = evaluate_protocol(model, protocol, Path(folder))
         watch.done.set()
         watch.join()
     print(machine(), "", table(watch.looks, count * len(KINDS)), sep="\n")
+    assert results is not None
+    clip = results["features"]["clip"]
+    print(
+        f"\nFréchet distance {clip['frechet']:.2f}, at infinity {clip['frechet_at_infinity']:.2f}"
+    )
+    numbers, distances = zip(*clip["frechet_points"], strict=True)
+    slope, at_infinity = np.polyfit([1 / number for number in numbers], distances, 1)
+    fitted = [(number, at_infinity + slope / number) for number in numbers]
+    lines = [
+        Line("measured", clip["frechet_points"]),
+        Line(f"{at_infinity:.2f} + {slope:,.0f} / N", fitted, dashed=True, marked=False),
+    ]
+    title = "The bias of the Fréchet distance"
+    save(options.plot, Panel(title, "pictures N", "distance", lines, log_y=False))
 
 
 def table(looks: list[Look], count: int) -> str:

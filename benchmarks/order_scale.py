@@ -23,25 +23,14 @@ import random
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.convergence import (
-    COLOURS,
-    LEFT,
-    PANEL_HEIGHT,
-    PANEL_WIDTH,
-    TOP,
-    WIDTH,
-    apart,
-    line,
-    svg,
-    text,
-)
 from benchmarks.generate import machine
+from benchmarks.panels import Line, Panel, save
 from latentdiff.data.order import Plan, Share
 
 BATCHES = 100
@@ -101,11 +90,13 @@ def main() -> None:
     for power in WAYS["1,024 processes, 50 buckets"][1]:
         check_shares(10**power)
     print(machine(), "", table(costs), sep="\n")
-    panels = (
-        panel(costs, 0, "Time to the first batch", "milliseconds", lambda cost: 1e3 * cost.first),
-        panel(costs, WIDTH // 2, "Memory", "MiB at its peak", lambda cost: cost.memory / 2**20),
+    first = {name: [(c.samples, 1e3 * c.first) for c in rows] for name, rows in costs.items()}
+    memory = {name: [(c.samples, c.memory / 2**20) for c in rows] for name, rows in costs.items()}
+    save(
+        path,
+        panel("Time to the first batch", "milliseconds", first),
+        panel("Memory", "MiB at its peak", memory),
     )
-    path.write_text(svg("".join(panels)), encoding="utf-8")
 
 
 def measure(begin: Callable[[int], tuple[int, Take]], samples: int) -> Cost:
@@ -155,54 +146,8 @@ def table(costs: dict[str, list[Cost]]) -> str:
     return "\n".join(lines)
 
 
-def panel(
-    costs: dict[str, list[Cost]],
-    shift: int,
-    title: str,
-    axis: str,
-    value: Callable[[Cost], float],
-) -> str:
-    """One set of axes, both logarithmic, with a curve for each way."""
-    values = [value(cost) for rows in costs.values() for cost in rows]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    powers = range(3, 10)
-
-    def across(samples: float) -> float:
-        share = (math.log10(samples) - powers[0]) / (powers[-1] - powers[0])
-        return shift + LEFT + PANEL_WIDTH * share
-
-    def down(figure: float) -> float:
-        return TOP + PANEL_HEIGHT * (high - math.log10(figure)) / (high - low)
-
-    right, bottom = across(10.0 ** powers[-1]), TOP + PANEL_HEIGHT
-    parts = [text(shift + LEFT, TOP - 30, title, "title"), text(shift + LEFT, TOP - 12, axis)]
-    for power in powers:
-        x = across(10.0**power)
-        parts += [line(x, TOP, x, bottom), text(x, bottom + 18, raised(power), "middle")]
-    for power in range(low, high + 1):
-        height = down(10.0**power)
-        parts += [line(across(10.0 ** powers[0]), height, right, height)]
-        parts += [text(shift + LEFT - 8, height + 4, raised(power), "end")]
-    parts += [text(shift + LEFT + PANEL_WIDTH / 2, bottom + 40, "samples", "middle")]
-
-    heights = apart({name: down(value(rows[-1])) for name, rows in costs.items()}, 30)
-    for colour, (name, rows) in zip(COLOURS, costs.items(), strict=False):
-        points = [(across(cost.samples), down(value(cost))) for cost in rows]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts += [f'<polyline points="{path}" stroke="{colour}"/>\n']
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>\n' for x, y in points]
-        end, height = points[-1], heights[name]
-        parts += [line(end[0] + 4, end[1], right + 14, height, "leader")]
-        words, _, note = name.partition(", ")
-        parts += [text(right + 18, height + (1 if note else 4), words, "name", colour)]
-        parts += [text(right + 18, height + 14, note, "note")] if note else []
-    return "".join(parts)
-
-
-def raised(power: int) -> str:
-    """Ten to a power, in SVG."""
-    exponent = str(power).replace("-", "−")
-    return f'10<tspan dy="-5" font-size="9">{exponent}</tspan>'
+def panel(title: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Panel:
+    return Panel(title, "samples", up, [Line(name, points) for name, points in lines.items()])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from latentdiff.metrics.evaluation import evaluate_protocol
 from latentdiff.metrics.feature_files import PIECE
 from latentdiff.metrics.protocol import Protocol
 from latentdiff.pipeline import TextToImage
+from latentdiff.threads import warn_of_idle_cores
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,6 +84,7 @@ class Place(evaluation.Place):
     @classmethod
     def launched(cls, device: str) -> Place:
         """As accelerate's launcher or MPI says; the processes do not meet."""
+        warn_of_idle_cores(device)
         if device == "cuda":
             names = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"]
             device = f"cuda:{get_int_from_env(names, 0)}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from latentdiff.errors import InputError, run_command
+from latentdiff.errors import run_command
 from latentdiff.metrics.scene_accuracy import KINDS, prompt_for
 from latentdiff.pipeline import TextToImage
 from latentdiff.sheet import labelled_sheet
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gallery.png"))
     options = parser.parse_args()
     model = TextToImage.load(options.model)
-    if (scenes := model.parts.vocabulary) is None:
-        raise InputError(f"{options.model} has no vocabulary.json; this is for emoji scenes.")
+    scenes = model.parts.scenes()
     prompts = [prompt_for(scene) for kind in KINDS for scene in kind.scenes(scenes, EACH)]
     pictures = model.generate(prompts, seed=0)
     assert isinstance(pictures, list)

@@ -73,6 +73,15 @@ class ModelParts:
         object.__setattr__(self, "schedule", self.scheduler_config.schedule())
         object.__setattr__(self, "parameterization", self.scheduler_config.parameterization())
 
+    def scenes(self) -> ScenesConfig:
+        """The emoji scenes that it was trained on. Raises InputError where it was on none."""
+        if self.vocabulary is None:
+            raise InputError(
+                f"{self.name} has no vocabulary.json: it is no model of emoji scenes, which are "
+                "what this is for."
+            )
+        return self.vocabulary
+
     @property
     def inpaints(self) -> bool:
         """Whether the U-Net was trained to fill in: with the latents it takes a mask and the

@@ -19,6 +19,7 @@ from latentdiff.config import save_yaml
 from latentdiff.data.order import Share
 from latentdiff.errors import InputError
 from latentdiff.model_files import staged_directory, staged_file
+from latentdiff.threads import warn_of_idle_cores
 from training.alone import alone_in
 from training.checkpoints import Checkpointer, load
 from training.config import Program, RunConfig, StepLosses
@@ -44,13 +45,15 @@ SMALLEST_SCALE = 2.0**-10
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not meet
         mixed_precision=config.mixed_precision,
         log_with=list(config.trackers) or None,
         project_dir=config.run_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LOST)],
     )
+    warn_of_idle_cores(accelerator.device.type)
+    return accelerator
 
 
 def train(program: Program, config: RunConfig, accelerator: Accelerator) -> None:

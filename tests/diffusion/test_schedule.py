@@ -41,6 +41,18 @@ def test_alphas_cumprod_are_those_of_diffusers(
     assert_close(ours.alphas_cumprod.float(), theirs, rtol=1e-5, atol=0)
 
 
+def test_noising_in_one_shot_is_noising_step_by_step() -> None:
+    """Equations 2 and 4 of Ho et al. (2020): the chain x_t = sqrt(1 - beta_t) x_{t-1} +
+    sqrt(beta_t) noise_t leaves as much of x_0, and adds as much noise, as the closed form.
+    """
+    signal, variance = 1.0, 0.0
+    for step, alpha in enumerate(SCHEDULE.alphas_cumprod.tolist()):
+        beta = (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * step / 999) ** 2
+        signal, variance = (1 - beta) ** 0.5 * signal, (1 - beta) * variance + beta
+        assert signal == pytest.approx(alpha**0.5, rel=1e-12)
+        assert variance == pytest.approx(1 - alpha, rel=1e-12)
+
+
 @pytest.mark.parametrize("length", [1000, 50])
 def test_squared_cosine_is_diffusers_squaredcos_cap_v2(length: int) -> None:
     """All of it: the last is 2.4e-9 for 1000 timesteps."""

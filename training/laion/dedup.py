@@ -36,8 +36,9 @@ from latentdiff.data.lockfile import (
 from latentdiff.errors import InputError
 from training.laion import features
 from training.laion.duplicates import Map, Pictures, alike, exact, groups, near, stay
+from training.laion.facts import RADIUS
 from training.laion.lists import NAMES, Takedown, read_takedown
-from training.laion.phash import VIEWS
+from training.laion.phash import VIEWS, candidates
 from training.laion.selection import check_download, identity, read_manifest
 
 
@@ -238,13 +239,17 @@ def _judged(
 
 def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> np.ndarray:
     """Which pictures are held out, bool [N], drawn by the least sha256 of those that are linked:
-    pairs, and pictures that share a sha256 or the hash of a view.
+    pairs, and pictures that share a sha256 or nearly the hash of a view, as the card counts them.
     """
     links = [linked]
     for values in (pictures.sha256, *pictures.hashes.T):
-        order = np.argsort(values, kind="stable")
-        same = values[order][1:] == values[order][:-1]
-        links.append(np.stack([order[:-1][same], order[1:][same]], axis=1))
+        _, first, which = np.unique(values, return_index=True, return_inverse=True)
+        again = np.setdiff1d(np.arange(len(values)), first, assume_unique=True)
+        links.append(np.stack([first[which[again]], again], axis=1))
+    for view in pictures.hashes.T:
+        different, first = np.unique(view, return_index=True)
+        for i, j in candidates(different, RADIUS, config.window):
+            links.append(np.stack([first[i], first[j]], axis=1))
     group = groups(len(pictures), np.concatenate(links))
     order = np.argsort(pictures.sha256, kind="stable")
     roots, least = np.unique(group[order], return_index=True)

@@ -230,14 +230,17 @@ def test_candidates_are_measured_block_by_block(
     assert (directory / "lock.parquet").read_bytes() == before
 
 
-def test_pictures_that_share_the_hash_of_a_view_are_of_one_split() -> None:
+@pytest.mark.parametrize("bits", [0, 0b1, 0b1000_0001, 0b111])
+def test_pictures_that_nearly_share_the_hash_of_a_view_are_of_one_split(bits: int) -> None:
     count = 40
+    each = np.random.default_rng(0).integers(0, 2**63, (2, count)).astype(np.uint64)
+    each[1, 1::2] = each[1, ::2] ^ np.uint64(bits)
     pictures = Pictures(
         shard=np.zeros(count, int),
         row=np.arange(count),
         sha256=np.array([hashlib.sha256(bytes([n])).digest() for n in range(count)], "S32"),
         size=np.full((count, 2), 64),
-        hashes=np.stack([np.arange(count), 1000 + np.arange(count) // 2], 1).astype(np.uint64),
+        hashes=each.T,
         aspects=np.zeros((count, 2), np.float32),
         taken=np.zeros(count, bool),
     )

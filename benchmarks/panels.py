@@ -1,0 +1,82 @@
+"""Plots of what benchmarks measured: panels side by side, in one SVG file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cycler import cycler
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+STYLE = {
+    "svg.fonttype": "none",  # text as text
+    "svg.hashsalt": "latentdiff",  # the same plot is the same file
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "legend.frameon": False,
+    "axes.prop_cycle": cycler(
+        color=["#0072b2", "#d55e00", "#009e73", "#a6428c", "#b8860b", "#444444"]
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Measured points (x, y) and the straight lines between them."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
+    """(low, high) of each point's y."""
+    dashed: bool = False
+    marked: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes; log_x, log_y: whether they are logarithmic."""
+
+    title: str
+    across: str
+    up: str
+    lines: Sequence[Line]
+    log_x: bool = True
+    log_y: bool = True
+    ticks: Sequence[float] = ()
+    """Of x, where they are not chosen."""
+
+
+def save(path: Path, *panels: Panel) -> None:
+    """Write the panels, side by side, as SVG."""
+    with style.context(STYLE):
+        figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            draw(axes, panel)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw(axes: Axes, panel: Panel) -> None:
+    for line in panel.lines:
+        x, y = zip(*line.points, strict=True)
+        stroke = ("--" if line.dashed else "-") + ("o" if line.marked else "")
+        (drawn,) = axes.plot(x, y, stroke, label=line.name, markersize=4)
+        if line.intervals:
+            low, high = zip(*line.intervals, strict=True)
+            axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    axes.set_title(panel.title, loc="left", fontsize="large", fontweight="bold")
+    axes.set(xlabel=panel.across, ylabel=panel.up)
+    axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
+    if panel.ticks:
+        axes.set_xticks(panel.ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.legend(fontsize="small")
