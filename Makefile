@@ -16,7 +16,7 @@ SVG ?=
 WORKERS ?= 2
 # accelerate gives a process one thread of the CPU where it is told nothing.
 LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN)
+	--num_cpu_threads_per_process $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 BIN := .venv/bin
 # Without byte code up front: Python caches what is imported when it is, a tenth of it all.

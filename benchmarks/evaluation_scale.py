@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from benchmarks.generate import machine
@@ -32,6 +31,7 @@ from latentdiff.pipeline import TextToImage
 
 PROTOCOL = Path("configs/protocols/emoji_scenes.yaml")
 PARTS = 10
+LEAST = 1000
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--model", default="emoji", help="model directory or the bundled one")
     parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".svg"))
     options = parser.parse_args()
+    if options.pictures < LEAST:
+        parser.error(f"--pictures must be at least {LEAST}, for the distance at infinitely many")
     count = options.pictures // len(KINDS)
     values = load_yaml(Protocol, PROTOCOL).model_dump() | {"count": count}
     protocol = parse(Protocol, values, "--pictures")
@@ -79,18 +81,17 @@ def main() -> None:
     print(machine(), "", table(watch.looks, count * len(KINDS)), sep="\n")
     assert results is not None
     clip = results["features"]["clip"]
-    print(
-        f"\nFréchet distance {clip['frechet']:.2f}, at infinity {clip['frechet_at_infinity']:.2f}"
-    )
     numbers, distances = zip(*clip["frechet_points"], strict=True)
-    slope, at_infinity = np.polyfit([1 / number for number in numbers], distances, 1)
-    fitted = [(number, at_infinity + slope / number) for number in numbers]
-    lines = [
-        Line("measured", clip["frechet_points"]),
-        Line(f"{at_infinity:.2f} + {slope:,.0f} / N", fitted, dashed=True, marked=False),
+    at_infinity = clip["frechet_at_infinity"]
+    fitted = [
+        (number, at_infinity + (distances[-1] - at_infinity) * numbers[-1] / number)
+        for number in numbers
     ]
+    print(f"\nFréchet distance {clip['frechet']:.2f}, at infinitely many {at_infinity:.2f}")
+    line = Line("through the last, to infinity", fitted, dashed=True, marked=False)
     title = "The bias of the Fréchet distance"
-    save(options.plot, Panel(title, "pictures N", "distance", lines, log_y=False))
+    measured = Line("measured", list(zip(numbers, distances, strict=True)))
+    save(options.plot, Panel(title, "pictures N", "distance", [measured, line], log_y=False))
 
 
 def table(looks: list[Look], count: int) -> str:

@@ -30,7 +30,7 @@ from benchmarks.binding import BATCH, encode
 from benchmarks.panels import Line, Panel, save
 from latentdiff.data.scenes import EmojiScenes
 from latentdiff.diffusion.denoiser import Denoiser
-from latentdiff.errors import run_command
+from latentdiff.errors import InputError, run_command
 from latentdiff.pipeline import TextToImage
 from latentdiff.rng import keyed_normal
 
@@ -117,7 +117,11 @@ def main() -> None:
     source = EmojiScenes(model.parts.scenes())
     scenes = [source.scene(index) for index in range(options.pictures)]
     alphas_cumprod = model.parts.schedule.alphas_cumprod
-    betas = 1 - alphas_cumprod / torch.cat([torch.ones(1).double(), alphas_cumprod[:-1]])
+    config = model.parts.scheduler_config
+    if config.beta_schedule != "scaled_linear":
+        raise InputError(f"{options.model} has other betas than Stable Diffusion's.")
+    ends, count = (config.beta_start**0.5, config.beta_end**0.5), config.num_train_timesteps
+    betas = torch.linspace(*ends, count, dtype=torch.float64) ** 2
     with torch.inference_mode():
         x0 = encode(model, [source.render(scene) for scene in scenes])
         encoder = model.parts.text_encoder

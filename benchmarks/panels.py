@@ -41,13 +41,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; log_x, log_y: whether they are logarithmic."""
+    """One set of axes, x evenly by its factors, and y where log_y."""
 
     title: str
     across: str
     up: str
     lines: Sequence[Line]
-    log_x: bool = True
     log_y: bool = True
     ticks: Sequence[float] = ()
     """Of x, where they are not chosen."""
@@ -74,7 +73,7 @@ def draw(axes: Axes, panel: Panel) -> None:
             axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
     axes.set_title(panel.title, loc="left", fontsize="large", fontweight="bold")
     axes.set(xlabel=panel.across, ylabel=panel.up)
-    axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
+    axes.set(xscale="log", yscale="log" if panel.log_y else "linear")
     if panel.ticks:
         axes.set_xticks(panel.ticks)
         axes.xaxis.set_minor_locator(NullLocator())

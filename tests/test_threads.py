@@ -11,8 +11,12 @@ import pytest
 
 from latentdiff.threads import warn_of_idle_cores
 
-ASK = "from latentdiff.threads import warn_of_idle_cores; import os; os.cpu_count = lambda: 8; "
-ASK += "warn_of_idle_cores('cpu')"
+ASK = """
+import os
+from latentdiff.threads import warn_of_idle_cores
+os.sched_getaffinity = lambda pid: range(8)
+warn_of_idle_cores("cpu")
+"""
 
 
 def warned(*options: str) -> str:
@@ -47,7 +51,7 @@ def test_told_how_many_there_is_nothing_to_say() -> None:
 def test_elsewhere_there_is_nothing_to_say(
     device: str, environment: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     for name, value in ({"ACCELERATE_MIXED_PRECISION": "no"} | environment).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(

@@ -47,6 +47,7 @@ from latentdiff.data.store import Store
 from latentdiff.data.tokens import tokenize, tokenizers_digest
 from latentdiff.errors import InputError, run_command
 from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.threads import warn_of_idle_cores
 from training.config import DTYPES, Precision
 from training.data import launched, to_network
 from training.encoder import encoder_digest, load_encoder
@@ -260,6 +261,7 @@ def place() -> tuple[int, int, torch.device]:
     rank, processes = launched()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        warn_of_idle_cores("cpu")
         return rank, processes, torch.device("cpu")
     local = get_int_from_env(["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"], 0)
     return rank, processes, torch.device(device.type, local)

@@ -35,10 +35,9 @@ from latentdiff.data.lockfile import (
 )
 from latentdiff.errors import InputError
 from training.laion import features
-from training.laion.duplicates import Map, Pictures, alike, exact, groups, near, stay
-from training.laion.facts import RADIUS
+from training.laion.duplicates import Map, Pictures, alike, as_pairs, exact, groups, near, stay
 from training.laion.lists import NAMES, Takedown, read_takedown
-from training.laion.phash import VIEWS, candidates
+from training.laion.phash import RADIUS, VIEWS, candidates, near_any
 from training.laion.selection import check_download, identity, read_manifest
 
 
@@ -239,7 +238,8 @@ def _judged(
 
 def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> np.ndarray:
     """Which pictures are held out, bool [N], drawn by the least sha256 of those that are linked:
-    pairs, and pictures that share a sha256 or nearly the hash of a view, as the card counts them.
+    pairs, and pictures that share a sha256 or nearly the hash of a view. None of them has a hash
+    within RADIUS of that of a picture to train on.
     """
     links = [linked]
     for values in (pictures.sha256, *pictures.hashes.T):
@@ -248,8 +248,10 @@ def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> 
         links.append(np.stack([first[which[again]], again], axis=1))
     for view in pictures.hashes.T:
         different, first = np.unique(view, return_index=True)
+        codes = [np.empty(0, dtype=np.int64)]
         for i, j in candidates(different, RADIUS, config.window):
-            links.append(np.stack([first[i], first[j]], axis=1))
+            codes.append(np.unique(np.minimum(i, j) * len(different) + np.maximum(i, j)))
+        links.append(first[as_pairs(np.unique(np.concatenate(codes)), len(different))])
     group = groups(len(pictures), np.concatenate(links))
     order = np.argsort(pictures.sha256, kind="stable")
     roots, least = np.unique(group[order], return_index=True)
@@ -257,7 +259,11 @@ def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> 
     drawn = [_drawn(sha256) < bound for sha256 in pictures.sha256[order[least]].tolist()]
     held_out = np.zeros(len(pictures), dtype=bool)
     held_out[roots[np.array(drawn, dtype=bool)]] = True
-    return held_out[group] & (np.bincount(group, minlength=1)[group] <= MANY)
+    held_out = held_out[group] & (np.bincount(group, minlength=1)[group] <= MANY)
+    hashes = pictures.hashes[:, 0]
+    while (near := near_any(hashes[held_out], hashes[~held_out])).any():
+        held_out &= ~np.isin(group, group[np.flatnonzero(held_out)[near]])
+    return held_out
 
 
 def _drawn(sha256: bytes) -> int:

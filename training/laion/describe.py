@@ -10,8 +10,9 @@ import yaml
 
 from latentdiff.data.lockfile import DUPLICATES, SCHEMA
 from training.laion.croissant import FIELDS
-from training.laion.facts import RADIUS, SCORES
+from training.laion.facts import SCORES
 from training.laion.outcomes import HAD
+from training.laion.phash import RADIUS
 
 if TYPE_CHECKING:
     from training.laion.card import CardConfig

@@ -78,16 +78,17 @@ def near(
     """
     codes, measured = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for block in _candidates(pictures, among, most_bits, window):
-        pairs = _pairs(block, len(pictures))
-        differing = _differences(pictures, pairs, names, directory, most_bits, mapped)
+        found = as_pairs(block, len(pictures))
+        differing = _differences(pictures, found, names, directory, most_bits, mapped)
         alike = differing <= most_difference
         codes.append(block[alike])
         measured.append(differing[alike])
     found, first = np.unique(np.concatenate(codes), return_index=True)
-    return _pairs(found, len(pictures)), np.concatenate(measured)[first]
+    return as_pairs(found, len(pictures)), np.concatenate(measured)[first]
 
 
-def _pairs(codes: np.ndarray, count: int) -> np.ndarray:
+def as_pairs(codes: np.ndarray, count: int) -> np.ndarray:
+    """[P, 2] from first * count + second, [P]."""
     return np.stack(np.divmod(codes, max(count, 1)), axis=1)
 
 

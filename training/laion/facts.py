@@ -18,6 +18,7 @@ from latentdiff.errors import InputError
 from latentdiff.model_files import file_digest
 from training.laion.histograms import binned
 from training.laion.lists import host_of
+from training.laion.phash import near_any
 from training.laion.selection import SELECTED, identity, read_manifest
 
 SCORES = ("similarity", "punsafe", "pwatermark", "aesthetic_v1", "aesthetic_v2")
@@ -31,8 +32,6 @@ NAMED = 25
 OTHERS = "others"
 COUNTED = 1 << 20
 """Names that are counted at once; beyond twice as many the rarest are counted together."""
-RADIUS = 3
-"""Bits of 64 in which near hashes may differ."""
 Columns = dict[str, pa.ChunkedArray]
 
 
@@ -200,20 +199,8 @@ def _shared(train: np.ndarray, validation: np.ndarray) -> int:
 
 
 def _near(train: np.ndarray, validation: np.ndarray) -> int:
-    """How many of the second hashes differ from one of the first in at most RADIUS bits: those two
-    agree in one of RADIUS + 1 parts of the bits.
-    """
-    train, found = np.unique(train), np.zeros(len(validation), dtype=bool)
-    bits = 64 // (RADIUS + 1)
-    for shift in range(0, 64, bits):
-        there, here = ((each >> shift) & (2**bits - 1) for each in (train, validation))
-        order = np.argsort(there, kind="stable")
-        there, hashes = there[order], train[order]
-        starts, ends = (np.searchsorted(there, here, side) for side in ("left", "right"))
-        for number in np.flatnonzero(~found).tolist():
-            like = hashes[starts[number] : ends[number]]
-            found[number] = (np.bitwise_count(like ^ validation[number]) <= RADIUS).any()
-    return int(found.sum())
+    """How many of the second hashes are near one of the first."""
+    return int(near_any(validation, train).sum())
 
 
 def _distinct(values: np.ndarray) -> int:

@@ -99,6 +99,27 @@ def candidates(
             yield order[places], order[places + step]
 
 
+RADIUS = 3
+"""Bits of 64 in which the hashes of pictures that no split may tell apart differ."""
+
+
+def near_any(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of `hashes` differ from one of `others` in at most RADIUS bits, bool [N]; none is
+    missed: those two agree in one of RADIUS + 1 parts of the bits.
+    """
+    others, found = np.unique(others), np.zeros(len(hashes), dtype=bool)
+    bits = 64 // (RADIUS + 1)
+    for shift in range(0, 64, bits):
+        there, here = ((each >> shift) & (2**bits - 1) for each in (others, hashes))
+        order = np.argsort(there, kind="stable")
+        there, ordered = there[order], others[order]
+        starts, ends = (np.searchsorted(there, here, side) for side in ("left", "right"))
+        for number in np.flatnonzero(~found).tolist():
+            like = ordered[starts[number] : ends[number]]
+            found[number] = (np.bitwise_count(like ^ hashes[number]) <= RADIUS).any()
+    return found
+
+
 EDGE = 3
 """Pixels of a thumbnail that are not compared on each side: a border, or what was cut off."""
 GAIN = (0.7, 1.4)

@@ -25,6 +25,7 @@ from training.laion import dedup as dedup_module
 from training.laion import duplicates as duplicates_module
 from training.laion.dedup import DedupConfig, dedup
 from training.laion.duplicates import Pictures, alike, groups, stay
+from training.laion.phash import RADIUS
 
 
 def drawing(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
@@ -230,24 +231,45 @@ def test_candidates_are_measured_block_by_block(
     assert (directory / "lock.parquet").read_bytes() == before
 
 
-@pytest.mark.parametrize("bits", [0, 0b1, 0b1000_0001, 0b111])
-def test_pictures_that_nearly_share_the_hash_of_a_view_are_of_one_split(bits: int) -> None:
-    count = 40
-    each = np.random.default_rng(0).integers(0, 2**63, (2, count)).astype(np.uint64)
-    each[1, 1::2] = each[1, ::2] ^ np.uint64(bits)
-    pictures = Pictures(
+def of_hashes(hashes: np.ndarray) -> Pictures:
+    """Pictures with these hashes, [N, 2], and nothing else in common."""
+    count = len(hashes)
+    return Pictures(
         shard=np.zeros(count, int),
         row=np.arange(count),
-        sha256=np.array([hashlib.sha256(bytes([n])).digest() for n in range(count)], "S32"),
+        sha256=np.array([hashlib.sha256(b"%d" % n).digest() for n in range(count)], "S32"),
         size=np.full((count, 2), 64),
-        hashes=each.T,
+        hashes=hashes,
         aspects=np.zeros((count, 2), np.float32),
         taken=np.zeros(count, bool),
     )
+
+
+def held_out_of(pictures: Pictures, **settings: Any) -> np.ndarray:
     none = np.empty((0, 2), np.int64)
-    held_out = dedup_module._validation(DedupConfig(validation_share=0.5), pictures, none)
+    return dedup_module._validation(DedupConfig(**settings), pictures, none)
+
+
+@pytest.mark.parametrize("bits", [0, 0b1, 0b1000_0001, 0b111])
+def test_pictures_that_nearly_share_the_hash_of_a_view_are_of_one_split(bits: int) -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**63, (40, 2)).astype(np.uint64)
+    hashes[1::2, 1] = hashes[::2, 1] ^ np.uint64(bits)
+    held_out = held_out_of(of_hashes(hashes), validation_share=0.5)
     assert (held_out[::2] == held_out[1::2]).all()
-    assert 0 < held_out.sum() < count
+    assert 0 < held_out.sum() < len(held_out)
+
+
+def test_no_near_hash_crosses_the_split_though_the_search_misses_pairs() -> None:
+    """Where the hashes of a cluster are denser than the window; the others are held out still."""
+    rng = np.random.default_rng(1)
+    spread = rng.integers(0, 2**63, (60, 2)).astype(np.uint64)
+    dense = np.stack([rng.integers(0, 2**12, 60) << 20, rng.integers(0, 2**63, 60)], axis=1)
+    hashes = np.concatenate([spread, dense.astype(np.uint64)])
+    held_out = held_out_of(of_hashes(hashes), validation_share=0.3, window=1)
+    first = hashes[:, 0]
+    distances = np.bitwise_count(first[held_out][:, None] ^ first[~held_out][None])
+    assert distances.min() > RADIUS
+    assert held_out[:60].sum() > 5
 
 
 def test_a_download_of_nothing_has_a_lockfile_too(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from training.laion.phash import SIDE, candidates, difference, phash, trimmed_box, views
+from training.laion.phash import (
+    RADIUS,
+    SIDE,
+    candidates,
+    difference,
+    near_any,
+    phash,
+    trimmed_box,
+    views,
+)
 
 
 def noise(seed: int, side: int = SIDE) -> np.ndarray:
@@ -173,3 +182,20 @@ def test_pictures_of_any_shape_have_views(size: tuple[int, int]) -> None:
     thumbnails, aspects = views(image)
     assert thumbnails.shape == (2, SIDE, SIDE, 3)
     assert np.isfinite(aspects).all()
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), max_size=30),
+    st.lists(st.lists(st.integers(0, 63), max_size=6), min_size=1, max_size=30),
+    st.integers(0, 2**64 - 1),
+)
+def test_near_any_misses_no_hash(others: list[int], flips: list[list[int]], seed: int) -> None:
+    """Hashes around one of the others, each with a few of its bits flipped."""
+    others = [seed, *others]
+    hashes = [others[number % len(others)] for number in range(len(flips))]
+    for number, bits in enumerate(flips):
+        for bit in bits:
+            hashes[number] ^= 1 << bit
+    expected = [any((a ^ b).bit_count() <= RADIUS for b in others) for a in hashes]
+    found = near_any(np.array(hashes, np.uint64), np.array(others, np.uint64))
+    assert found.tolist() == expected
