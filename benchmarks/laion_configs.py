@@ -4,11 +4,10 @@
     python -m benchmarks.laion_configs sdxl_finetune --resolution 512 --lora "{rank: 16}"
 
 Makes a model of the family, every network as large as the published ones, caches four pictures and
-trains three steps on two of them each, by the configuration's own cache_latents.yaml and
-diffusion.yaml; at the end it draws two pictures as every run does. Further options go to
-training.diffusion in the place of the configuration's. Prints JSON: losses, the seconds a step but
-the first, and the peak memory of training. Takes disk space for five times the U-Net's weights in
-fp32.
+trains on two of them at a time, by the configuration's own cache_latents.yaml and diffusion.yaml,
+until three steps are logged; then it is killed. Further options go to training.diffusion in the
+place of the configuration's. Prints JSON: losses, the seconds a step but the first, and the peak
+memory of training.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,16 +71,12 @@ def main() -> None:
             "run_dir": folder / "run",
             "init_from": folder / "model",
             "cache": folder / "latents",
-            "max_steps": STEPS,
             "batch_size": BATCH,
             "micro_batch_size": 1,
             "log_every": 1,
-            "sample_prompts": "[a fox]",
             "optimizer.warmup_steps": 0,
         }
-        run(command(options.name, "diffusion", train) + overrides)
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [step for step in map(json.loads, lines) if "loss" in step]
+        steps = logged(command(options.name, "diffusion", train) + overrides, folder / "run")
     results: dict[str, Any] = {"machine": machine()}
     results["losses"] = [step["loss"] for step in steps]
     rates = [step["images_per_second"] for step in steps if "images_per_second" in step]
@@ -136,6 +132,20 @@ def run(words: list[str]) -> None:
     """Ends where the program fails. What it prints is no part of the results."""
     if subprocess.run(words, stdout=sys.stderr).returncode:
         raise SystemExit(f"{' '.join(words[1:3])} failed")
+
+
+def logged(words: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """What a run logs of its first steps, after which it is killed."""
+    log = run_dir / "metrics.jsonl"
+    with subprocess.Popen(words, stdout=sys.stderr) as process:
+        while process.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            steps = [step for step in map(json.loads, lines) if "loss" in step]
+            if len(steps) >= STEPS:
+                process.kill()
+                return steps
+            time.sleep(0.5)
+    raise SystemExit(f"{' '.join(words[1:3])} failed")
 
 
 if __name__ == "__main__":
