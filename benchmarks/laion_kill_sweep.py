@@ -17,11 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.corpus.make import make
+from benchmarks.corpus.make import SERVER, make
 from benchmarks.corpus.serve import served
 from latentdiff.data.lockfile import LOCKFILE
 
-SERVER = "127.0.0.1:8793"
 DRAWINGS = 300
 STEPS = ("select", "download", "dedup")
 

@@ -26,6 +26,8 @@ from benchmarks.corpus.pictures import again, encode, place
 from latentdiff.errors import InputError, run_command
 from latentdiff.model_files import staged_file
 
+SERVER = "127.0.0.1:8793"
+"""Where it is served by default: host:port."""
 SIDE = 480
 """Pixels of the longer side that vector drawings are drawn at; then made smaller."""
 COPIES = {"exact": 0.03, "near": 0.03, "row": 0.01}
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--svg", type=Path, default=Path("/usr/share/openclipart/svg"))
     parser.add_argument("--count", type=int, help="of the drawings, from the first")
-    parser.add_argument("--server", default="127.0.0.1:8793", help="host:port that will serve it")
+    parser.add_argument("--server", default=SERVER, help="host:port that will serve it")
     options = parser.parse_args()
     if (options.output / "truth.parquet").is_file():
         print(f"{options.output} is there already.")
@@ -82,12 +84,13 @@ def main() -> None:
 def make(corpus: str, output: Path, svg: Path, count: int | None, server: str) -> list[Row]:
     """Write it all; truth.parquet last."""
     (output / "pictures").mkdir(parents=True, exist_ok=True)
-    rows = copied(pages(corpus, output, svg, count, server), output, server)
+    rows = copied(pages(corpus, output, svg, count), output)
     if not rows:
         raise InputError("None of the drawings can be drawn.")
-    rows = [*behaved(rows), *links(rows, server)]
+    rows = [*behaved(rows), *links(rows)]
     rows.sort(key=lambda row: digest("order", row.url))
-    metadata = [described(row) for row in rows]
+    metadata = [described(row) | {"URL": moved(row.url, server)} for row in rows]
+    rows = [row._replace(url=moved(row.url, server)) for row in rows]
     (output / "metadata").mkdir(exist_ok=True)
     for first in range(0, len(rows), ROWS):
         with staged_file(output / "metadata" / f"part-{first // ROWS:05d}.parquet") as path:
@@ -99,7 +102,7 @@ def make(corpus: str, output: Path, svg: Path, count: int | None, server: str) -
     return rows
 
 
-def pages(corpus: str, output: Path, svg: Path, count: int | None, server: str) -> list[Row]:
+def pages(corpus: str, output: Path, svg: Path, count: int | None) -> list[Row]:
     """A picture and an address for each drawing."""
     drawings = sprites(count) if corpus == "sprites" else openclipart(svg, SIDE, count)
     rows = []
@@ -110,12 +113,12 @@ def pages(corpus: str, output: Path, svg: Path, count: int | None, server: str) 
         file = f"{number:05d}.{suffix}"
         (output / "pictures" / file).write_bytes(data)
         path, caption = f"/pictures/{file}", drawing.caption
-        url = f"http://{server}{path}"
+        url = f"http://{SERVER}{path}"
         rows.append(Row(path, url, caption, "picture", None, None, file, *picture.size))
     return rows
 
 
-def copied(rows: list[Row], output: Path, server: str) -> list[Row]:
+def copied(rows: list[Row], output: Path) -> list[Row]:
     """The same with copies of some under new addresses, and some rows twice."""
     result = list(rows)
     for copy, share in COPIES.items():
@@ -124,7 +127,7 @@ def copied(rows: list[Row], output: Path, server: str) -> list[Row]:
                 result.append(row)
                 continue
             path = f"/{copy}{row.path}"
-            new = row._replace(path=path, url=f"http://{server}{path}", copy=copy, copy_of=row.path)
+            new = row._replace(path=path, url=f"http://{SERVER}{path}", copy=copy, copy_of=row.path)
             new = new._replace(caption=row.caption.partition(",")[0])
             if copy == "near":
                 data, suffix = again((output / "pictures" / row.file).read_bytes(), Random(path))
@@ -153,13 +156,19 @@ def behaved(rows: list[Row]) -> list[Row]:
     return [row._replace(behaviour=kinds.get(row.path, "picture")) for row in rows]
 
 
-def links(rows: list[Row], server: str) -> list[Row]:
+def links(rows: list[Row]) -> list[Row]:
     """One row for each address that nobody may follow."""
-    path, host = rows[0].path, server.rpartition(":")[2]
+    path, port = rows[0].path, SERVER.rpartition(":")[2]
     return [
-        Row("", link.url.format(port=host, path=path), name, name, None, None, "", 512, 512)
+        Row("", link.url.format(port=port, path=path), name, name, None, None, "", 512, 512)
         for name, link in LINKS.items()
     ]
+
+
+def moved(url: str, server: str) -> str:
+    """An address of SERVER or its port where it is served; order and scores stay as they are."""
+    ports = [f":{each.rpartition(':')[2]}" for each in (SERVER, server)]
+    return url.replace(SERVER, server) if SERVER in url else url.replace(*ports)
 
 
 def described(row: Row) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.corpus.behaviour import BEHAVIOURS, picture, status
+from benchmarks.corpus.make import SERVER
 from latentdiff.errors import InputError, run_command
 
 
@@ -79,7 +80,7 @@ def served(corpus: Path, server: str) -> Iterator[Server]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="what make wrote")
-    parser.add_argument("--server", default="127.0.0.1:8793", help="host:port")
+    parser.add_argument("--server", default=SERVER, help="host:port")
     parser.add_argument("command", nargs="*", help="what to run meanwhile, after --")
     options = parser.parse_args()
     if not (options.output / "truth.parquet").is_file():

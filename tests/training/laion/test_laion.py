@@ -49,8 +49,8 @@ class Subset:
             "directory": directory or self.root / "sprites",
             "select__metadata": self.corpus / "metadata" / "*.parquet",
             "download__local_hosts": f"['{self.server}']",
-            "download__timeout": 1.5,
-            "download__deadline": 2.5,
+            "download__timeout": 5,
+            "download__deadline": 8,
             "card__folder": self.root / "data_cards",
         }
         words = [name, "--config", str(CONFIGS / "laion.yaml")]
