@@ -261,8 +261,8 @@ def _validation(config: DedupConfig, pictures: Pictures, linked: np.ndarray) -> 
     held_out[roots[np.array(drawn, dtype=bool)]] = True
     held_out = held_out[group] & (np.bincount(group, minlength=1)[group] <= MANY)
     hashes = pictures.hashes[:, 0]
-    while (near := near_any(hashes[held_out], hashes[~held_out])).any():
-        held_out &= ~np.isin(group, group[np.flatnonzero(held_out)[near]])
+    while (crossing := near_any(hashes[held_out], hashes[~held_out])).any():
+        held_out &= ~np.isin(group, group[np.flatnonzero(held_out)[crossing]])
     return held_out
 
 
