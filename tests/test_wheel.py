@@ -63,7 +63,7 @@ def test_metadata(wheel: dict[str, bytes]) -> None:
         for line in metadata.splitlines()
         if line.startswith("Provides-Extra: ")
     }
-    assert extras == {"8bit", "dev", "laion", "s3", "serve", "train"}
+    assert extras == {"8bit", "dev", "laion", "s3", "train"}
     assert "License-Expression: Apache-2.0" in metadata
     assert "latentdiff = latentdiff.cli:main" in wheel[f"{DIST_INFO}/entry_points.txt"].decode()
     assert f"{DIST_INFO}/licenses/LICENSE" in wheel
