@@ -19,6 +19,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from latentdiff.checkpoint import open_source
 from latentdiff.config import Config, load_config, load_yaml
 from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
@@ -29,6 +30,7 @@ from latentdiff.models.pooled import PooledVAE
 from latentdiff.rng import generator, keyed_normal
 from training.config import RunConfig, StepLosses, seeded
 from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
+from training.encoder import read_vae
 from training.loop import make_accelerator, train
 from training.parallel import Wrapped, means, refuse_shards
 from training.pictures import grid
@@ -142,12 +144,30 @@ class AutoencoderConfig(RunConfig):
     """Side of the square crops that it trains on, in pixels; a multiple of the VAE's factor."""
     workers: int = Field(default=0, ge=0)
     """Processes that draw scenes ahead."""
-    vae: VAEConfig
-    """The network."""
+    vae: VAEConfig | None = None
+    """The network, from random weights; or"""
+    init_from: str | None = None
+    """a model whose VAE is trained on: a directory, a name on the hub, one .safetensors file, or
+    "emoji"."""
+    decoder_only: bool = False
+    """Leave the encoder as it is, and with it the latents: a U-Net that draws them, and a cache of
+    them, go with the decoder of after as with that of before."""
+    pixel_loss: Literal["l1", "l2"] = "l1"
+    """Distance of the pixels: "l1" keeps edges, "l2" is what PSNR measures."""
     edge_weight: float = Field(default=1.0, ge=0)
     """Weight of the L1 distance between the pictures' finite differences, which keeps edges."""
     kl_weight: float = Field(ge=0)
     """Weight of the KL divergence in nats per latent value."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> AutoencoderConfig:
+        if (self.vae is None) == (self.init_from is None):
+            raise ValueError("name either vae or init_from to start from")
+        if self.decoder_only and self.init_from is None:
+            raise ValueError(
+                "decoder_only keeps the encoder as it is, which takes a trained one: name init_from"
+            )
+        return self
 
 
 class SceneCrops(StepDataset):
@@ -170,16 +190,28 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
+def start(config: AutoencoderConfig, sample_size: int) -> Autoencoder:
+    """What is trained; of an encoder that stays nothing requires grad."""
+    if config.init_from is not None:
+        vae = read_vae(open_source(config.init_from))
+    else:
+        assert config.vae is not None
+        with seeded(config.seed):
+            vae = config.vae.build(sample_size)
+    for name, parameter in vae.named_parameters():
+        kept = config.decoder_only and name.startswith(("encoder.", "quant_conv."))
+        parameter.requires_grad_(not kept)
+    return Autoencoder(vae)
+
+
 class AutoencoderProgram:
-    """Reconstruction (L1 on pixels and on edges) + beta KL (Kingma & Welling 2014)."""
+    """Reconstruction (L1 or L2 on pixels, L1 on edges) + beta KL (Kingma & Welling 2014)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
         self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
         self.inputs = {"scenes": self.scenes.digest}
-        with seeded(config.seed):
-            vae = config.vae.build(self.scenes.config.resolution)
-        self.network = Autoencoder(vae)
+        self.network = start(config, self.scenes.config.resolution)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -202,13 +234,13 @@ class AutoencoderProgram:
         noise = keyed_normal(self.config.seed, "posterior", 0, batch.samples, shape).to(device)
         decoded, posterior = forward(images, noise)
         decoded = decoded.float()
-        pixel = F.l1_loss(decoded, images)
+        l1, mse = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        pixel = l1 if self.config.pixel_loss == "l1" else mse
         edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
         kl = posterior.kl().mean()
         loss = pixel + self.config.edge_weight * edge + self.config.kl_weight * kl
-        mse = F.mse_loss(decoded, images)
         psnr = 10 * torch.log10(4 / mse.detach())
-        return StepLosses(loss, {"l1": pixel.detach(), "kl": kl.detach(), "psnr": psnr})
+        return StepLosses(loss, {"l1": l1.detach(), "kl": kl.detach(), "psnr": psnr})
 
     def validation(
         self, forward: Callable[..., Any], device: torch.device, share: Share
@@ -235,9 +267,12 @@ class AutoencoderProgram:
         return np.stack([scenes[index]["image"] for index in range(count)])
 
     def finish(self, directory: Path, device: torch.device) -> None:
-        """Standardize the latents over the training scenes, then save vae/."""
-        mean, std = latent_moments(self.network, self.scenes, device)
-        self.network.standardize(mean, std)
+        """Standardize the latents over the training scenes, unless they are to stay as they are,
+        then save vae/.
+        """
+        if not self.config.decoder_only:
+            mean, std = latent_moments(self.network, self.scenes, device)
+            self.network.standardize(mean, std)
         self.network.vae.save_pretrained(directory / "vae")
         pictures = self.unseen(256)
         quality = psnr(reconstruct(self.network, pictures), pictures).mean()

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from latentdiff.checkpoint import open_source
 from latentdiff.errors import InputError
-from latentdiff.models.autoencoder import Autoencoder
+from latentdiff.models.autoencoder import AnyVAE, Autoencoder
 from latentdiff.models.pooled import PooledVAE
 from latentdiff.networks import build_vae, load_tokenizer, load_vae
+from latentdiff.sources import Source
 from latentdiff.weights import load_module
 
 ENCODER_CONFIG = ("act_fn", "down_block_types", "layers_per_block", "norm_num_groups")
@@ -41,16 +42,21 @@ def load_encoder(
         vae = load_vae(autoencoder)
     else:
         assert source is not None
-        source.check_vae()
-        vae = load_module(
-            build_vae,
-            source.config("vae"),
-            source.config_path("vae"),
-            source.tensors("vae"),
-            source.files("vae")[0],
-            torch.float32,
-        )
+        vae = read_vae(source)
     return Autoencoder(vae).requires_grad_(False), tokenizers
+
+
+def read_vae(source: Source) -> AnyVAE:
+    """A model's own VAE in fp32. Raises InputError when it is missing or cannot be read."""
+    source.check_vae()
+    return load_module(
+        build_vae,
+        source.config("vae"),
+        source.config_path("vae"),
+        source.tensors("vae"),
+        source.files("vae")[0],
+        torch.float32,
+    )
 
 
 def _trained(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import keyed_normal
 from training.autoencoder import SceneCrops, VAEConfig, edges, latent_moments
 from training.config import seeded
+from training.encoder import encoder_digest
 
 CPU = torch.device("cpu")
 
@@ -137,8 +138,10 @@ def test_a_whole_picture_can_be_the_crop(tiny_chain: Any) -> None:
 # The loss
 
 
-def test_the_loss_is_its_formula(tiny_chain: Any) -> None:
-    program = tiny_chain.program("autoencoder", edge_weight=0.7, kl_weight=0.3)
+@pytest.mark.parametrize("pixels", ["l1", "l2"])
+def test_the_loss_is_its_formula(tiny_chain: Any, pixels: str) -> None:
+    weights = {"edge_weight": 0.7, "kl_weight": 0.3}
+    program = tiny_chain.program("autoencoder", pixel_loss=pixels, **weights)
     (batch,) = next(program.batches(range(2, 3), Share()))
     assert batch.samples == [8, 9, 10, 11]
     losses = program.losses(program.network, batch, CPU)
@@ -152,9 +155,10 @@ def test_the_loss_is_its_formula(tiny_chain: Any) -> None:
     across = (error[..., 1:] - error[..., :-1]).abs().mean()
     down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     kl = kl_divergence(Normal(latent.mean, latent.std), Normal(0.0, 1.0)).mean().double()
-    psnr = 10 * torch.log10(2**2 / error.square().mean())
+    mse = error.square().mean()
+    psnr = 10 * torch.log10(2**2 / mse)
     expected = {
-        "loss": l1 + 0.7 * (across + down) + 0.3 * kl,
+        "loss": (l1 if pixels == "l1" else mse) + 0.7 * (across + down) + 0.3 * kl,
         "l1": l1,
         "kl": kl,
         "psnr": psnr,
@@ -196,6 +200,51 @@ def test_pixels_and_small_pictures_go_the_whole_way(
     model = TextToImage.load(tmp_path / "diffusion" / "model")
     assert model.parts.autoencoder.scale_factor == 64 // side
     assert model.generate("a fox", seed=0, num_inference_steps=2).size == (64, 64)
+
+
+# The decoder alone
+
+
+def test_a_decoder_learns_and_its_latents_stay(tiny_chain: Any, chain: Any, tmp_path: Path) -> None:
+    """Bit for bit, so that the model's U-Net draws for the new decoder, too."""
+    few = {"max_steps": 2, "checkpoint_every": 1, "sample_every": 2}
+    alone = {"vae": "null", "init_from": "emoji", "decoder_only": True, "pixel_loss": "l2"}
+    chain("tiny", tmp_path).run("autoencoder", **alone, **few)
+    emoji = TextToImage.load("emoji").parts.autoencoder
+    model = TextToImage.load("emoji", vae=tmp_path / "autoencoder" / "model")
+    trained = model.parts.autoencoder
+    before = emoji.vae.state_dict()
+    changed = {
+        name for name, value in trained.vae.state_dict().items() if value.ne(before[name]).any()
+    }
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    images = torch.from_numpy(tiny_chain.program("autoencoder").unseen(2)).permute(0, 3, 1, 2)
+    one, other = (vae.encode(images / 127.5 - 1) for vae in (emoji, trained))
+    assert torch.equal(one.mean, other.mean)
+    assert encoder_digest(emoji) == encoder_digest(trained)  # and a cache of them stays
+    assert model.generate("a fox", seed=0, num_inference_steps=2).size == (64, 64)
+
+
+def test_all_of_a_trained_vae_learns_on(tiny_chain: Any) -> None:
+    program = tiny_chain.program("autoencoder", vae="null", init_from="emoji")
+    assert all(parameter.requires_grad for parameter in program.network.parameters())
+    with torch.no_grad():
+        before = TextToImage.load("emoji").parts.autoencoder.vae.state_dict()
+        assert all(value.equal(before[n]) for n, value in program.network.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vae": "null"}, "name either vae or init_from"),
+        ({"init_from": "emoji"}, "name either vae or init_from"),
+        ({"decoder_only": True}, "takes a trained one: name init_from"),
+    ],
+)
+def test_one_start(tiny_chain: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_chain.config("autoencoder", **options)
 
 
 # The end
