@@ -1,11 +1,12 @@
-"""Train the VAE: reconstruction of scenes through a small, nearly standard normal latent.
+"""Train the VAE: reconstruction of pictures through a small, nearly standard normal latent.
 
 accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yaml
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,22 +21,28 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentdiff.checkpoint import open_source
-from latentdiff.config import Config, load_config, load_yaml
+from latentdiff.config import Config, load_config
 from latentdiff.data.order import Share
-from latentdiff.data.scenes import EmojiScenes, ScenesConfig
-from latentdiff.errors import run_command
+from latentdiff.errors import InputError, run_command
 from latentdiff.metrics.psnr import psnr, reconstruct
 from latentdiff.models.autoencoder import AnyVAE, Autoencoder
 from latentdiff.models.pooled import PooledVAE
-from latentdiff.rng import generator, keyed_normal
+from latentdiff.rng import keyed_normal
 from training.config import RunConfig, StepLosses, seeded
-from training.data import MicroBatch, StepDataset, endless_orders, loader, to_network
+from training.crops import CroppedFiles, Pictures, ScenePictures
+from training.data import MicroBatch, to_network
 from training.encoder import read_vae
 from training.loop import make_accelerator, train
+from training.pairs import PicturesConfig
 from training.parallel import Wrapped, means, refuse_shards
 from training.pictures import grid
 
 V = TypeVar("V", bound=AnyVAE)
+
+UNSEEN = 256
+"""Pictures that the PSNR is the mean of."""
+MEASURED = 1024
+"""Pictures that the latents are standardized over."""
 
 
 class VAEConfig(Config):
@@ -138,12 +145,14 @@ def _pass_through(weight: Tensor, known: int) -> None:
 class AutoencoderConfig(RunConfig):
     """A run of training.autoencoder."""
 
-    scenes: Path
-    """The scenes' YAML file."""
+    scenes: Path | None = None
+    """The scenes' YAML file, or"""
+    pictures: PicturesConfig | None = None
+    """pictures of files; their captions are not read."""
     crop: int = Field(gt=0)
     """Side of the square crops that it trains on, in pixels; a multiple of the VAE's factor."""
     workers: int = Field(default=0, ge=0)
-    """Processes that draw scenes ahead."""
+    """Processes that draw scenes or read pictures ahead."""
     vae: VAEConfig | None = None
     """The network, from random weights; or"""
     init_from: str | None = None
@@ -161,6 +170,8 @@ class AutoencoderConfig(RunConfig):
 
     @model_validator(mode="after")
     def _one_start(self) -> AutoencoderConfig:
+        if (self.scenes is None) == (self.pictures is None):
+            raise ValueError("name either scenes or pictures to learn from")
         if (self.vae is None) == (self.init_from is None):
             raise ValueError("name either vae or init_from to start from")
         if self.decoder_only and self.init_from is None:
@@ -170,24 +181,25 @@ class AutoencoderConfig(RunConfig):
         return self
 
 
-class SceneCrops(StepDataset):
-    """Sample `index` is a random crop of scene `index`: uint8 [3, crop, crop]."""
-
-    def __init__(self, scenes: EmojiScenes, crop: int, seed: int) -> None:
-        self.scenes, self.crop, self.seed = scenes, crop, seed
-
-    def __getitem__(self, index: int) -> Tensor:
-        image = torch.from_numpy(self.scenes[index]["image"]).permute(2, 0, 1)
-        room = image.shape[-1] - self.crop
-        y, x = torch.randint(
-            room + 1, (2,), generator=generator(self.seed, "crop", 0, index)
-        ).tolist()
-        return image[:, y : y + self.crop, x : x + self.crop].contiguous()
-
-
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     """Finite differences along both axes."""
     return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def open_pictures(config: AutoencoderConfig) -> Pictures:
+    """Raises InputError when there are none, or where they are smaller than the crops."""
+    pictures: Pictures
+    if config.scenes is not None:
+        pictures = ScenePictures(config.scenes, config.seed)
+    else:
+        assert config.pictures is not None
+        pictures = CroppedFiles(config.pictures, config.seed)
+    if config.crop > pictures.resolution:
+        raise InputError(
+            f"crop is {config.crop}, but the pictures have a side of {pictures.resolution} pixels; "
+            "make it smaller."
+        )
+    return pictures
 
 
 def start(config: AutoencoderConfig, sample_size: int) -> Autoencoder:
@@ -209,21 +221,24 @@ class AutoencoderProgram:
 
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
-        self.scenes = EmojiScenes(load_yaml(ScenesConfig, config.scenes))
-        self.inputs = {"scenes": self.scenes.digest}
-        self.network = start(config, self.scenes.config.resolution)
+        self.pictures = open_pictures(config)
+        self.inputs = self.pictures.inputs
+        self.network = start(config, self.pictures.resolution)
+        factor = self.network.scale_factor
+        if config.crop % factor:
+            raise InputError(
+                f"crop is {config.crop}, but a latent of this VAE is {factor} pixels wide; make it "
+                f"a multiple of that."
+            )
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """None: scenes are drawn."""
-        return {}
+        return self.pictures.unreadable
 
     def batches(self, steps: range, share: Share) -> Generator[list[MicroBatch], None, None]:
         config = self.config
-        crops = SceneCrops(self.scenes, config.crop, config.seed)
-        orders = endless_orders(steps, config.batch_size, share)
-        return loader(crops, orders, config.workers)
+        return self.pictures.crops(steps, config.batch_size, share, config.crop, config.workers)
 
     def losses(
         self, forward: Callable[..., Any], batch: MicroBatch, device: torch.device
@@ -245,53 +260,48 @@ class AutoencoderProgram:
     def validation(
         self, forward: Callable[..., Any], device: torch.device, share: Share
     ) -> tuple[float, int] | None:
-        """None: samples and the PSNR at the end are of scenes that it never saw."""
+        """None: samples and the PSNR at the end are of pictures that it never saw."""
         return None
 
     def evaluate(self, done: int, wrapped: Wrapped) -> dict[str, float]:
-        """PSNR of unseen scenes, in dB."""
+        """PSNR of unseen pictures, in dB."""
         accelerator = wrapped.accelerator
-        pictures = self.unseen(256)[accelerator.process_index :: accelerator.num_processes]
+        pictures = self.pictures.unseen(UNSEEN)[
+            accelerator.process_index :: accelerator.num_processes
+        ]
         quality = psnr(reconstruct(self.network, pictures), pictures)
         return means(accelerator, {"evaluation/psnr": (float(quality.sum()), len(quality))})
 
     def samples(self, device: torch.device) -> Image.Image:
-        """Scenes it never saw above their reconstructions."""
-        pictures = self.unseen(12)
+        """Pictures it never saw above their reconstructions."""
+        pictures = self.pictures.unseen(12)
         rows = np.concatenate([pictures, reconstruct(self.network, pictures)])
-        return grid([Image.fromarray(picture) for picture in rows], columns=12, scale=2)
-
-    def unseen(self, count: int) -> np.ndarray:
-        """uint8 [count, H, W, 3]: scenes that no training sees."""
-        scenes = EmojiScenes(self.scenes.config, "held_out")
-        return np.stack([scenes[index]["image"] for index in range(count)])
+        return grid([Image.fromarray(picture) for picture in rows], len(pictures), scale=2)
 
     def finish(self, directory: Path, device: torch.device) -> None:
-        """Standardize the latents over the training scenes, unless they are to stay as they are,
+        """Standardize the latents over the training pictures, unless they are to stay as they are,
         then save vae/.
         """
         if not self.config.decoder_only:
-            mean, std = latent_moments(self.network, self.scenes, device)
-            self.network.standardize(mean, std)
+            pictures = self.pictures.first(MEASURED)
+            self.network.standardize(*latent_moments(self.network, pictures, device))
         self.network.vae.save_pretrained(directory / "vae")
-        pictures = self.unseen(256)
-        quality = psnr(reconstruct(self.network, pictures), pictures).mean()
-        print(f"PSNR on unseen scenes: {quality:.2f} dB")
+        unseen = self.pictures.unseen(UNSEEN)
+        quality = psnr(reconstruct(self.network, unseen), unseen).mean()
+        print(f"PSNR of {len(unseen)} unseen pictures: {quality:.2f} dB")
 
 
 @torch.no_grad()
 def latent_moments(
-    autoencoder: Autoencoder, scenes: EmojiScenes, device: torch.device, count: int = 1024
+    autoencoder: Autoencoder, pictures: Iterator[np.ndarray], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of posterior samples over `count` training scenes."""
-    latents = []
-    for first in range(0, count, 64):
-        images = torch.stack(
-            [torch.from_numpy(scenes[index]["image"]) for index in range(first, first + 64)]
-        )
-        posterior = autoencoder.encode(to_network(images.permute(0, 3, 1, 2), device))
-        shape = tuple(posterior.mean.shape[1:])
-        noise = keyed_normal(0, "moments", 0, range(first, first + 64), shape)
+    """Mean and standard deviation [C] of posterior samples of pictures, uint8 [H, W, 3]."""
+    latents: list[Tensor] = []
+    while batch := list(islice(pictures, 64)):
+        images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+        posterior = autoencoder.encode(to_network(images, device))
+        numbers = range(64 * len(latents), 64 * len(latents) + len(batch))
+        noise = keyed_normal(0, "moments", 0, numbers, tuple(posterior.mean.shape[1:]))
         latents.append(posterior.sample(noise.to(device)))
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     return values.mean(dim=1), values.std(dim=1)

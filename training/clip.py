@@ -31,6 +31,9 @@ from training.parallel import Wrapped, refuse_shards
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
 
+HELD_OUT = 256
+"""Pairs among which unseen captions must find their own pictures."""
+
 
 class TowerConfig(Config):
     """The size of one of CLIP's two transformers."""
@@ -142,7 +145,7 @@ class ClipProgram:
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
-        return self.pairs.held_out()
+        return self.pairs.held_out(HELD_OUT)
 
     @property
     def unreadable(self) -> dict[int, str]:

@@ -29,9 +29,6 @@ from training.data import (
     planned_orders,
 )
 
-HELD_OUT = 256
-"""Pairs among which unseen captions must find their own pictures."""
-
 
 class Pairs(Protocol):
     """Captions and pictures, in the order that a run takes them."""
@@ -51,8 +48,8 @@ class Pairs(Protocol):
     ) -> Generator[list[MicroBatch], None, None]:
         """Micro-batches of image uint8 [B, 3, H, W] and ids [B, L]."""
 
-    def held_out(self) -> HeldOut:
-        """At most HELD_OUT pairs that no batch holds."""
+    def held_out(self, count: int) -> HeldOut:
+        """At most `count` pairs that no batch holds."""
 
 
 def tokens(tokenizer: CLIPTokenizer, caption: str) -> Tensor:
@@ -105,9 +102,9 @@ class ScenePairs:
         orders = endless_orders(steps, batch_size, share)
         return loader(NearMisses(self.scenes, tokenizer), orders, workers)
 
-    def held_out(self) -> HeldOut:
+    def held_out(self, count: int) -> HeldOut:
         scenes = EmojiScenes(self.scenes.config, "held_out")
-        shown = [scenes.scene(index) for index in range(HELD_OUT)]
+        shown = [scenes.scene(index) for index in range(count)]
         images = np.stack([scenes.render(scene) for scene in shown])
         captions = [scene.caption for scene in shown]
         return HeldOut(captions, torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -129,15 +126,12 @@ class PicturesConfig(Config):
 
 
 class CutPictures(StepDataset):
-    """Sample e * N + n is picture n of N as epoch e sees it."""
+    """Sample e * N + n is picture n of N as epoch e sees it: uint8 [3, side, side]."""
 
-    def __init__(
-        self, source: ImageTextSource, config: PicturesConfig, seed: int, tokenizer: CLIPTokenizer
-    ) -> None:
-        self.source, self.config = source, config
-        self.seed, self.tokenizer = seed, tokenizer
+    def __init__(self, source: ImageTextSource, config: PicturesConfig, seed: int) -> None:
+        self.source, self.config, self.seed = source, config, seed
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Tensor:
         epoch, row = divmod(index, len(self.source))
         side = self.config.resolution
         square, _, _ = fit(self.source.image(row), (side, side))
@@ -152,26 +146,35 @@ class CutPictures(StepDataset):
         cut = square.resize(square.size, Image.Resampling.BICUBIC, box)
         if self.config.flip and drawn("flip") < 0.5:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image = torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
-        return {"image": image, "ids": tokens(self.tokenizer, self.source.caption(row))}
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
 
 
-class FilePairs:
+class CaptionedCuts(StepDataset):
+    """The same with the captions' tokens."""
+
+    def __init__(self, cuts: CutPictures, tokenizer: CLIPTokenizer) -> None:
+        self.cuts, self.tokenizer = cuts, tokenizer
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        caption = self.cuts.source.caption(index % len(self.cuts.source))
+        return {"image": self.cuts[index], "ids": tokens(self.tokenizer, caption)}
+
+
+class FilePictures:
     """A source's pictures, in another order each epoch; for an unreadable one another is taken."""
 
     def __init__(self, config: PicturesConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self.source = open_source(config.source)
+        self.cuts = CutPictures(self.source, config, seed)
         self.inputs = {"pictures": self.source.digest}
         self.resolution = config.resolution
         self.unreadable: dict[int, str] = {}
 
-    def captions(self, count: int) -> Iterator[str]:
-        return (self.source.caption(row) for row in range(min(count, len(self.source))))
-
-    def batches(
-        self, steps: range, batch_size: int, share: Share, tokenizer: CLIPTokenizer, workers: int
+    def take(
+        self, samples: StepDataset, steps: range, batch_size: int, share: Share, workers: int
     ) -> Generator[list[MicroBatch], None, None]:
+        """The micro-batches of what is numbered as `cuts` is."""
         count = len(self.source)
         plan = Plan(self.seed, [count], batch_size)
 
@@ -187,8 +190,20 @@ class FilePairs:
             row = sample % count
             self.unreadable[row] = f"{reason}: picture {row} of {self.config.source.path}"
 
-        samples = CutPictures(self.source, self.config, self.seed, tokenizer)
         return loader(samples, in_epochs(), workers, another, cannot_read)
 
-    def held_out(self) -> HeldOut:
-        return first_pairs(open_source(self.config.held_out), HELD_OUT, self.resolution)
+
+class FilePairs(FilePictures):
+    """The same with their captions."""
+
+    def captions(self, count: int) -> Iterator[str]:
+        return (self.source.caption(row) for row in range(min(count, len(self.source))))
+
+    def batches(
+        self, steps: range, batch_size: int, share: Share, tokenizer: CLIPTokenizer, workers: int
+    ) -> Generator[list[MicroBatch], None, None]:
+        pairs = CaptionedCuts(self.cuts, tokenizer)
+        return self.take(pairs, steps, batch_size, share, workers)
+
+    def held_out(self, count: int) -> HeldOut:
+        return first_pairs(open_source(self.config.held_out), count, self.resolution)

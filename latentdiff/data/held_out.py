@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,15 @@ class HeldOut(NamedTuple):
     """uint8 [N, 3, H, W]."""
 
 
+def squares(
+    source: ImageTextSource, side: int, rows: Iterable[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Of those rows the readable ones, each with its picture, uint8 [side, side, 3]."""
+    for row in rows:
+        with suppress(UnreadableImage):
+            yield row, np.array(fit(source.image(row), (side, side))[0])
+
+
 def first_pairs(source: ImageTextSource, count: int, side: int) -> HeldOut:
     """The first `count` readable pictures with a caption, as squares of `side` pixels.
 
@@ -29,13 +40,10 @@ def first_pairs(source: ImageTextSource, count: int, side: int) -> HeldOut:
     either. Fewer where there are no more. Raises InputError when there are none.
     """
     found: dict[str, np.ndarray] = {}
-    for row in range(len(source)):
-        caption = source.caption(row)
-        if caption and caption not in found:
-            try:
-                found[caption] = np.array(fit(source.image(row), (side, side))[0])
-            except UnreadableImage:
-                continue
+    captions = ((row, source.caption(row)) for row in range(len(source)))
+    rows = (row for row, caption in captions if caption and caption not in found)
+    for row, square in squares(source, side, rows):
+        found[source.caption(row)] = square
         if len(found) == count:
             break
     if not found:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 
 from latentdiff.config import Config, load_config
 from training import autoencoder, cache_latents, clip, diffusion
@@ -120,3 +122,22 @@ def tiny_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         chain.run("clip", **few)
         chain.run("cache_latents", source__count=32, shard_size=8, batch_size=4)
     return chain
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """12 pictures of one colour each at their left, black at their right, of several shapes; the
+    fourth is damaged.
+    """
+    import datasets
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        pixels = np.zeros((40 + number, 60, 3), dtype=np.uint8)
+        pixels[:, :30] = 20 * number + 10
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"picture number {number}")
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:-60])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield folder

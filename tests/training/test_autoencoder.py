@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from latentdiff.data.order import Share
 from latentdiff.errors import InputError
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.rng import keyed_normal
-from training.autoencoder import SceneCrops, VAEConfig, edges, latent_moments
+from training.autoencoder import VAEConfig, edges, latent_moments
 from training.config import seeded
 from training.encoder import encoder_digest
 
@@ -107,34 +108,6 @@ def test_the_posterior_begins_narrow_and_the_branches_at_zero() -> None:
     assert (vae.encode(random(2, 3, 32, 32)).latent_dist.std < 0.5).all()
 
 
-# The data
-
-
-def test_crops_are_windows_of_their_scenes(tiny_chain: Any) -> None:
-    scenes = tiny_chain.program("autoencoder").scenes
-    corners = set()
-    for index in range(64):
-        crop = SceneCrops(scenes, 60, seed=5)[index]
-        assert (crop.dtype, crop.shape) == (torch.uint8, (3, 60, 60))
-        image = torch.from_numpy(scenes[index]["image"]).permute(2, 0, 1)
-        places = [
-            (y, x)
-            for y in range(5)
-            for x in range(5)
-            if image[:, y : y + 60, x : x + 60].equal(crop)
-        ]
-        assert places
-        if len(places) == 1:
-            corners.add(places[0])
-    assert {y for y, _ in corners} == {x for _, x in corners} == {0, 1, 2, 3, 4}
-
-
-def test_a_whole_picture_can_be_the_crop(tiny_chain: Any) -> None:
-    scenes = tiny_chain.program("autoencoder").scenes
-    crop = SceneCrops(scenes, 64, seed=0)[3]
-    assert crop.equal(torch.from_numpy(scenes[3]["image"]).permute(2, 0, 1))
-
-
 # The loss
 
 
@@ -219,7 +192,9 @@ def test_a_decoder_learns_and_its_latents_stay(tiny_chain: Any, chain: Any, tmp_
     }
     assert changed
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
-    images = torch.from_numpy(tiny_chain.program("autoencoder").unseen(2)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(tiny_chain.program("autoencoder").pictures.unseen(2)).permute(
+        0, 3, 1, 2
+    )
     one, other = (vae.encode(images / 127.5 - 1) for vae in (emoji, trained))
     assert torch.equal(one.mean, other.mean)
     assert encoder_digest(emoji) == encoder_digest(trained)  # and a cache of them stays
@@ -240,11 +215,42 @@ def test_all_of_a_trained_vae_learns_on(tiny_chain: Any) -> None:
         ({"vae": "null"}, "name either vae or init_from"),
         ({"init_from": "emoji"}, "name either vae or init_from"),
         ({"decoder_only": True}, "takes a trained one: name init_from"),
+        ({"scenes": "null"}, "name either scenes or pictures"),
     ],
 )
 def test_one_start(tiny_chain: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_chain.config("autoencoder", **options)
+
+
+@pytest.mark.parametrize(
+    ("crop", "message"),
+    [(72, "crop is 72, but the pictures have a side of 64"), (36, "make it a multiple of that")],
+)
+def test_crops_fit_pictures_and_latents(tiny_chain: Any, crop: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_chain.program("autoencoder", crop=crop)
+
+
+# Pictures of files
+
+
+def test_a_vae_learns_pictures_of_files(chain: Any, folder: Path, tmp_path: Path) -> None:
+    """From nothing: cut, read around a damaged one, standardized, saved."""
+    source = {"type": "folder", "path": str(folder)}
+    pictures = json.dumps({"source": source, "held_out": source, "resolution": 32, "flip": True})
+    few = {"max_steps": 3, "checkpoint_every": 3, "sample_every": 3, "crop": 24}
+    made = chain("tiny", tmp_path)
+    made.run("autoencoder", scenes="null", pictures=pictures, **few)
+    directory = tmp_path / "autoencoder"
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert any("psnr" in line for line in lines)
+    assert "damaged: picture 3 of" in (directory / "unreadable.jsonl").read_text()
+    saved = Autoencoder(AutoencoderKL.from_pretrained(directory / "model" / "vae").eval())
+    program = made.program("autoencoder", scenes="null", pictures=pictures, **few)
+    mean, std = latent_moments(saved, program.pictures.first(1024), CPU)
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
 
 
 # The end
@@ -259,25 +265,18 @@ def test_the_finished_latents_are_standard_and_reconstructions_as_they_were(
             parameter += 0.05 * torch.randn_like(parameter)
     program.network.eval()
     before = copy.deepcopy(program.network)
-    mean, std = latent_moments(before, program.scenes, CPU)
+    mean, std = latent_moments(before, program.pictures.first(1024), CPU)
     assert ((std - 1).abs() > 0.05).any()
 
     program.finish(tmp_path, CPU)
     saved = Autoencoder(AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
-    mean, std = latent_moments(saved, program.scenes, CPU)
+    mean, std = latent_moments(saved, program.pictures.first(1024), CPU)
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
 
-    images = torch.from_numpy(program.unseen(4)).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(program.pictures.unseen(4)).permute(0, 3, 1, 2) / 127.5 - 1
     noise = random(4, 4, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(
             saved(images, noise)[0], before(images, noise)[0], atol=1e-4, rtol=1e-3
         )
-
-
-def test_unseen_pictures_are_those_of_the_held_out_split(tiny_chain: Any) -> None:
-    program = tiny_chain.program("autoencoder")
-    unseen = program.unseen(20)
-    trained = {program.scenes[index]["image"].tobytes() for index in range(2000)}
-    assert not any(picture.tobytes() in trained for picture in unseen)

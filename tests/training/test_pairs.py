@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 
 from latentdiff.data.images import SourceConfig, open_source
@@ -19,25 +17,8 @@ from latentdiff.data.order import Share
 from training.data import MicroBatch
 from training.pairs import FilePairs, PicturesConfig
 
-COUNT = 12
+COUNT = 12  # pictures of `folder`
 SINGLE = Share()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pictures of one colour each at their left, black at their right, of several shapes."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(COUNT):
-        pixels = np.zeros((40 + number, 60, 3), dtype=np.uint8)
-        pixels[:, :30] = 20 * number + 10
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"picture number {number}")
-    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:-60])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield folder
 
 
 def pairs(folder: Path, **options: Any) -> FilePairs:
@@ -120,7 +101,7 @@ def test_an_unreadable_picture_is_replaced_and_reported(folder: Path, tokenizer_
 
 def test_held_out_pairs_have_captions_of_their_own(folder: Path) -> None:
     (folder / "05.txt").write_text("picture number 4")
-    held_out = pairs(folder).held_out()
+    held_out = pairs(folder).held_out(256)
     (folder / "05.txt").write_text("picture number 5")
     numbers = [n for n in range(COUNT) if n not in (3, 5)]
     assert held_out.captions == [f"picture number {n}" for n in numbers]

@@ -145,14 +145,9 @@ def test_every_program_runs_with_the_true_networks(
     resolution: int,
 ) -> None:
     model = chain(configs, tmp_path)
-    moments, unseen = autoencoder.latent_moments, autoencoder.AutoencoderProgram.unseen
     # Over a few scenes, not a thousand.
-    monkeypatch.setattr(
-        autoencoder, "latent_moments", lambda *arguments: moments(*arguments, count=64)
-    )
-    monkeypatch.setattr(
-        autoencoder.AutoencoderProgram, "unseen", lambda self, count: unseen(self, min(count, 12))
-    )
+    monkeypatch.setattr(autoencoder, "MEASURED", 64)
+    monkeypatch.setattr(autoencoder, "UNSEEN", 12)
     model.run("autoencoder", batch_size=2, crop=32, **SHORT, **PLAIN)
     model.run("clip", batch_size=4, tokenizer_captions=2000, **SHORT, **PLAIN)
     cache = {name: value for name, value in PLAIN.items() if name != "compile"}
