@@ -30,7 +30,7 @@ class PartsConfig(RunConfig):
     """A model to start from: a directory, a name on the hub, one .safetensors file, or "emoji".
     What is named below replaces its parts; without it all of them are needed."""
     autoencoder: Path | None = None
-    """Directory with vae/, the one that the cache was made with."""
+    """Directory with vae/, whose encoder the cache was made with."""
     text_encoder: Path | None = None
     """Directory with text_encoder/ and tokenizer/: CLIP, T5, BERT or GPT-2."""
     scheduler: SchedulerConfig | None = None

@@ -6,7 +6,7 @@ accelerate launch -m training.autoencoder --config configs/emoji/autoencoder.yam
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,20 +20,19 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from latentdiff.checkpoint import open_source
 from latentdiff.config import Config, load_config
 from latentdiff.data.order import Share
 from latentdiff.errors import InputError, run_command
-from latentdiff.metrics.psnr import psnr, reconstruct
+from latentdiff.metrics.psnr import batch_size, psnr, reconstruct
 from latentdiff.models.autoencoder import AnyVAE, Autoencoder
 from latentdiff.models.pooled import PooledVAE
 from latentdiff.rng import keyed_normal
-from training.config import RunConfig, StepLosses, seeded
-from training.crops import CroppedFiles, Pictures, ScenePictures
+from training.config import StepLosses, seeded
+from training.crops import CropSource, FileCrops, SceneCrops
 from training.data import MicroBatch, to_network
-from training.encoder import read_vae
+from training.encoder import ENCODER, encoder_digest, vae_to_train
+from training.file_pictures import PicturesRunConfig
 from training.loop import make_accelerator, train
-from training.pairs import PicturesConfig
 from training.parallel import Wrapped, means, refuse_shards
 from training.pictures import grid
 
@@ -142,36 +141,29 @@ def _pass_through(weight: Tensor, known: int) -> None:
     weight[range(known), range(known), middle, middle] = 1
 
 
-class AutoencoderConfig(RunConfig):
+class AutoencoderConfig(PicturesRunConfig):
     """A run of training.autoencoder."""
 
-    scenes: Path | None = None
-    """The scenes' YAML file, or"""
-    pictures: PicturesConfig | None = None
-    """pictures of files; their captions are not read."""
     crop: int = Field(gt=0)
     """Side of the square crops that it trains on, in pixels; a multiple of the VAE's factor."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that draw scenes or read pictures ahead."""
     vae: VAEConfig | None = None
     """The network, from random weights; or"""
     init_from: str | None = None
-    """a model whose VAE is trained on: a directory, a name on the hub, one .safetensors file, or
-    "emoji"."""
+    """the model whose VAE is trained on: a directory, also one with vae/ alone, a name on the hub,
+    one .safetensors file, or "emoji". Its latents change, and a U-Net must learn them anew, unless
+    """
     decoder_only: bool = False
-    """Leave the encoder as it is, and with it the latents: a U-Net that draws them, and a cache of
-    them, go with the decoder of after as with that of before."""
+    """the encoder stays as it is: then the model's U-Net and caches of its latents go with the new
+    decoder as they went with the old one."""
     pixel_loss: Literal["l1", "l2"] = "l1"
     """Distance of the pixels: "l1" keeps edges, "l2" is what PSNR measures."""
     edge_weight: float = Field(default=1.0, ge=0)
     """Weight of the L1 distance between the pictures' finite differences, which keeps edges."""
     kl_weight: float = Field(ge=0)
-    """Weight of the KL divergence in nats per latent value."""
+    """Weight of the KL divergence in nats per latent value; with decoder_only without effect."""
 
     @model_validator(mode="after")
     def _one_start(self) -> AutoencoderConfig:
-        if (self.scenes is None) == (self.pictures is None):
-            raise ValueError("name either scenes or pictures to learn from")
         if (self.vae is None) == (self.init_from is None):
             raise ValueError("name either vae or init_from to start from")
         if self.decoder_only and self.init_from is None:
@@ -186,14 +178,14 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.diff(dim=-1), images.diff(dim=-2)
 
 
-def open_pictures(config: AutoencoderConfig) -> Pictures:
+def open_crops(config: AutoencoderConfig) -> CropSource:
     """Raises InputError when there are none, or where they are smaller than the crops."""
-    pictures: Pictures
+    pictures: CropSource
     if config.scenes is not None:
-        pictures = ScenePictures(config.scenes, config.seed)
+        pictures = SceneCrops(config.scenes, config.seed)
     else:
         assert config.pictures is not None
-        pictures = CroppedFiles(config.pictures, config.seed)
+        pictures = FileCrops(config.pictures, config.seed)
     if config.crop > pictures.resolution:
         raise InputError(
             f"crop is {config.crop}, but the pictures have a side of {pictures.resolution} pixels; "
@@ -203,16 +195,25 @@ def open_pictures(config: AutoencoderConfig) -> Pictures:
 
 
 def start(config: AutoencoderConfig, sample_size: int) -> Autoencoder:
-    """What is trained; of an encoder that stays nothing requires grad."""
+    """What is trained; of an encoder that stays nothing requires grad.
+
+    Raises InputError where latents could not be standardized in the end.
+    """
     if config.init_from is not None:
-        vae = read_vae(open_source(config.init_from))
+        vae = vae_to_train(config.init_from)
     else:
         assert config.vae is not None
         with seeded(config.seed):
             vae = config.vae.build(sample_size)
-    for name, parameter in vae.named_parameters():
-        kept = config.decoder_only and name.startswith(("encoder.", "quant_conv."))
-        parameter.requires_grad_(not kept)
+    if config.decoder_only:
+        for name, parameter in vae.named_parameters():
+            if name.startswith(ENCODER):
+                parameter.requires_grad_(False)
+    elif None in (vae.quant_conv, vae.post_quant_conv):
+        raise InputError(
+            f"The VAE of {config.init_from} has no 1x1 convolutions beside its latents to "
+            "standardize them with; set decoder_only."
+        )
     return Autoencoder(vae)
 
 
@@ -221,9 +222,11 @@ class AutoencoderProgram:
 
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
-        self.pictures = open_pictures(config)
-        self.inputs = self.pictures.inputs
+        self.pictures = open_crops(config)
         self.network = start(config, self.pictures.resolution)
+        self.inputs = self.pictures.inputs
+        if config.decoder_only:
+            self.inputs = self.inputs | {"encoder": encoder_digest(self.network)}
         factor = self.network.scale_factor
         if config.crop % factor:
             raise InputError(
@@ -276,14 +279,15 @@ class AutoencoderProgram:
         """Pictures it never saw above their reconstructions."""
         pictures = self.pictures.unseen(12)
         rows = np.concatenate([pictures, reconstruct(self.network, pictures)])
-        return grid([Image.fromarray(picture) for picture in rows], len(pictures), scale=2)
+        scale = max(1, 128 // self.pictures.resolution)
+        return grid([Image.fromarray(picture) for picture in rows], len(pictures), scale)
 
     def finish(self, directory: Path, device: torch.device) -> None:
         """Standardize the latents over the training pictures, unless they are to stay as they are,
         then save vae/.
         """
         if not self.config.decoder_only:
-            pictures = self.pictures.first(MEASURED)
+            pictures = self.pictures.whole(MEASURED)
             self.network.standardize(*latent_moments(self.network, pictures, device))
         self.network.vae.save_pretrained(directory / "vae")
         unseen = self.pictures.unseen(UNSEEN)
@@ -297,12 +301,15 @@ def latent_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C] of posterior samples of pictures, uint8 [H, W, 3]."""
     latents: list[Tensor] = []
-    while batch := list(islice(pictures, 64)):
+    first = next(pictures)
+    pictures, done = chain([first], pictures), 0
+    while batch := list(islice(pictures, batch_size(max(first.shape)))):
         images = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
         posterior = autoencoder.encode(to_network(images, device))
-        numbers = range(64 * len(latents), 64 * len(latents) + len(batch))
+        numbers = range(done, done + len(batch))
         noise = keyed_normal(0, "moments", 0, numbers, tuple(posterior.mean.shape[1:]))
         latents.append(posterior.sample(noise.to(device)))
+        done += len(batch)
     values = torch.cat(latents).transpose(0, 1).flatten(1)
     return values.mean(dim=1), values.std(dim=1)
 

@@ -23,10 +23,11 @@ from latentdiff.data.held_out import HeldOut
 from latentdiff.data.order import Share
 from latentdiff.errors import run_command
 from latentdiff.models.text_encoder import TextEncoder
-from training.config import RunConfig, StepLosses, seeded
+from training.config import StepLosses, seeded
 from training.data import MicroBatch, to_network
+from training.file_pictures import PicturesRunConfig
 from training.loop import make_accelerator, train
-from training.pairs import FilePairs, Pairs, PicturesConfig, ScenePairs
+from training.pairs import FilePairs, Pairs, ScenePairs
 from training.parallel import Wrapped, refuse_shards
 from training.pictures import grid
 from training.tokenizer import train_tokenizer
@@ -55,15 +56,9 @@ class TowerConfig(Config):
         }
 
 
-class ClipConfig(RunConfig):
+class ClipConfig(PicturesRunConfig):
     """A run of training.clip."""
 
-    scenes: Path | None = None
-    """The scenes' YAML file, or"""
-    pictures: PicturesConfig | None = None
-    """pictures and captions of files."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that draw scenes or read pictures ahead."""
     vocabulary_size: int = Field(gt=514)
     """Tokens at most: 512 for single bytes, two that begin and end a text, the rest merges."""
     tokenizer_captions: int = Field(default=20_000, gt=0)
@@ -86,8 +81,6 @@ class ClipConfig(RunConfig):
                 "micro_batch_size would cut a contrastive batch, whose samples are one another's "
                 "negatives; leave it out"
             )
-        if (self.scenes is None) == (self.pictures is None):
-            raise ValueError("name either scenes or pictures to learn from")
         return self
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -12,17 +11,16 @@ import torch
 from torch import Tensor
 
 from latentdiff.config import load_yaml
-from latentdiff.data.held_out import squares
-from latentdiff.data.images import ImageTextSource, open_source
+from latentdiff.data.images import ImageTextSource, squares
 from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import InputError
 from latentdiff.rng import generator
 from training.data import MicroBatch, StepDataset, endless_orders, loader
-from training.pairs import FilePictures
+from training.file_pictures import FilePictures
 
 
-class Pictures(Protocol):
+class CropSource(Protocol):
     """Pictures of one size, in the order that a run takes windows of them."""
 
     inputs: dict[str, str]
@@ -37,11 +35,11 @@ class Pictures(Protocol):
     ) -> Generator[list[MicroBatch], None, None]:
         """Micro-batches of windows, uint8 [B, 3, side, side]."""
 
-    def first(self, count: int) -> Iterator[np.ndarray]:
-        """The first `count` that are learned from, or what there are, uint8 [H, W, 3]."""
+    def whole(self, count: int) -> Iterator[np.ndarray]:
+        """`count` of what is learned from, or what can be read of them, uint8 [H, W, 3]."""
 
     def unseen(self, count: int) -> np.ndarray:
-        """uint8 [count, H, W, 3]: pictures that no training sees, or what there are of them."""
+        """uint8 [count, H, W, 3]: pictures that no training sees, or what can be read of them."""
 
 
 class Crops(StepDataset):
@@ -69,8 +67,8 @@ class SceneImages(StepDataset):
         return torch.from_numpy(self.scenes[index]["image"]).permute(2, 0, 1)
 
 
-class ScenePictures:
-    """Scenes, without end."""
+class SceneCrops:
+    """Windows of scenes, without end."""
 
     def __init__(self, file: Path, seed: int) -> None:
         self.scenes, self.seed = EmojiScenes(load_yaml(ScenesConfig, file)), seed
@@ -84,7 +82,7 @@ class ScenePictures:
         samples = Crops(SceneImages(self.scenes), side, self.seed)
         return loader(samples, endless_orders(steps, batch_size, share), workers)
 
-    def first(self, count: int) -> Iterator[np.ndarray]:
+    def whole(self, count: int) -> Iterator[np.ndarray]:
         return (self.scenes[index]["image"] for index in range(count))
 
     def unseen(self, count: int) -> np.ndarray:
@@ -92,24 +90,25 @@ class ScenePictures:
         return np.stack([scenes[index]["image"] for index in range(count)])
 
 
-class CroppedFiles(FilePictures):
-    """The pictures of a source, cut as `CutPictures` cuts them and then to windows."""
+class FileCrops(FilePictures):
+    """Windows of pictures of files, which were cut as `CutPictures` cuts them."""
 
     def crops(
         self, steps: range, batch_size: int, share: Share, side: int, workers: int
     ) -> Generator[list[MicroBatch], None, None]:
         samples = Crops(self.cuts, side, self.seed)
-        return self.take(samples, steps, batch_size, share, workers)
+        return self.micro_batches(samples, steps, batch_size, share, workers)
 
-    def first(self, count: int) -> Iterator[np.ndarray]:
-        return self._whole(self.source, count)
+    def whole(self, count: int) -> Iterator[np.ndarray]:
+        return self._spread(self.source, count)
 
     def unseen(self, count: int) -> np.ndarray:
-        pictures = list(self._whole(open_source(self.config.held_out), count))
+        pictures = list(self._spread(self.held_out_source, count))
         if not pictures:
             raise InputError("There is no readable picture among the held-out ones.")
         return np.stack(pictures)
 
-    def _whole(self, source: ImageTextSource, count: int) -> Iterator[np.ndarray]:
-        found = squares(source, self.resolution, range(len(source)))
-        return (picture for _, picture in islice(found, count))
+    def _spread(self, source: ImageTextSource, count: int) -> Iterator[np.ndarray]:
+        """From all over a source, whose neighbours may be alike."""
+        rows = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int)
+        return (picture for _, picture in squares(source, self.resolution, rows.tolist()))

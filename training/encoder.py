@@ -21,6 +21,8 @@ from latentdiff.weights import load_module
 
 ENCODER_CONFIG = ("act_fn", "down_block_types", "layers_per_block", "norm_num_groups")
 """Of a VAE's config.json what its encoder is besides its weights."""
+ENCODER = ("encoder.", "quant_conv.")
+"""How the names of its weights begin."""
 
 
 def load_encoder(
@@ -44,6 +46,14 @@ def load_encoder(
         assert source is not None
         vae = read_vae(source)
     return Autoencoder(vae).requires_grad_(False), tokenizers
+
+
+def vae_to_train(model: str) -> AnyVAE:
+    """The VAE of a model, or of a directory with vae/ alone, as training.autoencoder writes it."""
+    directory = Path(model)
+    if (directory / "vae").is_dir() and not (directory / "model_index.json").exists():
+        return load_vae(directory)
+    return read_vae(open_source(model))
 
 
 def read_vae(source: Source) -> AnyVAE:
@@ -73,7 +83,7 @@ def encoder_digest(autoencoder: Autoencoder) -> str:
         kind["factor"] = autoencoder.scale_factor
     kind |= {"scaling": autoencoder.scaling, "shift": autoencoder.shift}
     weights = vae.state_dict().items()
-    encoder = {n: t for n, t in weights if n.startswith(("encoder.", "quant_conv."))}
+    encoder = {n: t for n, t in weights if n.startswith(ENCODER)}
     words = json.dumps(kind, sort_keys=True) + tensors_digest(encoder)
     return hashlib.sha256(words.encode()).hexdigest()
 

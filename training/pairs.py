@@ -8,26 +8,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import Field
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from latentdiff.config import Config, load_yaml
-from latentdiff.data.buckets import fit
+from latentdiff.config import load_yaml
 from latentdiff.data.held_out import HeldOut, first_pairs
-from latentdiff.data.images import ImageTextSource, SourceConfig, open_source
-from latentdiff.data.order import Plan, Share, substitute
+from latentdiff.data.order import Share
 from latentdiff.data.scenes import EmojiScenes, Scene, ScenesConfig
-from latentdiff.rng import keyed_uniform
-from training.data import (
-    MicroBatch,
-    StepDataset,
-    StepOrder,
-    endless_orders,
-    loader,
-    planned_orders,
-)
+from training.data import MicroBatch, StepDataset, endless_orders, loader
+from training.file_pictures import CutPictures, FilePictures
 
 
 class Pairs(Protocol):
@@ -110,47 +99,8 @@ class ScenePairs:
         return HeldOut(captions, torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-class PicturesConfig(Config):
-    """Pictures and captions of files, one size, cut and mirrored anew in each epoch."""
-
-    source: SourceConfig
-    """What is learned from."""
-    held_out: SourceConfig
-    """What retrieval is measured on."""
-    resolution: int = Field(gt=0, multiple_of=8)
-    """Side in pixels of what the picture tower sees: as buckets bring pictures to a square."""
-    smallest_cut: float = Field(default=1.0, gt=0, le=1)
-    """Side of the smallest square cut out of a picture, as a share of its own; 1 cuts nothing."""
-    flip: bool = False
-    """Whether every second picture is mirrored."""
-
-
-class CutPictures(StepDataset):
-    """Sample e * N + n is picture n of N as epoch e sees it: uint8 [3, side, side]."""
-
-    def __init__(self, source: ImageTextSource, config: PicturesConfig, seed: int) -> None:
-        self.source, self.config, self.seed = source, config, seed
-
-    def __getitem__(self, index: int) -> Tensor:
-        epoch, row = divmod(index, len(self.source))
-        side = self.config.resolution
-        square, _, _ = fit(self.source.image(row), (side, side))
-
-        def drawn(stream: str) -> float:
-            return float(keyed_uniform(self.seed, f"clip {stream}", epoch, [row]))
-
-        smallest = self.config.smallest_cut
-        kept = side * (smallest + (1 - smallest) * drawn("cut"))
-        left, top = (drawn(edge) * (side - kept) for edge in ("left", "top"))
-        box = left, top, left + kept, top + kept
-        cut = square.resize(square.size, Image.Resampling.BICUBIC, box)
-        if self.config.flip and drawn("flip") < 0.5:
-            cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
-
-
 class CaptionedCuts(StepDataset):
-    """The same with the captions' tokens."""
+    """Cut pictures with their captions' tokens, numbered as the pictures are."""
 
     def __init__(self, cuts: CutPictures, tokenizer: CLIPTokenizer) -> None:
         self.cuts, self.tokenizer = cuts, tokenizer
@@ -160,41 +110,8 @@ class CaptionedCuts(StepDataset):
         return {"image": self.cuts[index], "ids": tokens(self.tokenizer, caption)}
 
 
-class FilePictures:
-    """A source's pictures, in another order each epoch; for an unreadable one another is taken."""
-
-    def __init__(self, config: PicturesConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
-        self.source = open_source(config.source)
-        self.cuts = CutPictures(self.source, config, seed)
-        self.inputs = {"pictures": self.source.digest}
-        self.resolution = config.resolution
-        self.unreadable: dict[int, str] = {}
-
-    def take(
-        self, samples: StepDataset, steps: range, batch_size: int, share: Share, workers: int
-    ) -> Generator[list[MicroBatch], None, None]:
-        """The micro-batches of what is numbered as `cuts` is."""
-        count = len(self.source)
-        plan = Plan(self.seed, [count], batch_size)
-
-        def in_epochs() -> Iterator[StepOrder]:
-            for epoch, pieces in planned_orders(steps, plan, share):
-                yield StepOrder(epoch, [[epoch * count + row for row in rows] for rows in pieces])
-
-        def another(epoch: int, sample: int, attempt: int) -> int:
-            first = epoch * count
-            return substitute(self.seed, epoch, sample, attempt, first, count)
-
-        def cannot_read(sample: int, reason: str) -> None:
-            row = sample % count
-            self.unreadable[row] = f"{reason}: picture {row} of {self.config.source.path}"
-
-        return loader(samples, in_epochs(), workers, another, cannot_read)
-
-
 class FilePairs(FilePictures):
-    """The same with their captions."""
+    """Pictures of files with their captions."""
 
     def captions(self, count: int) -> Iterator[str]:
         return (self.source.caption(row) for row in range(min(count, len(self.source))))
@@ -203,7 +120,7 @@ class FilePairs(FilePictures):
         self, steps: range, batch_size: int, share: Share, tokenizer: CLIPTokenizer, workers: int
     ) -> Generator[list[MicroBatch], None, None]:
         pairs = CaptionedCuts(self.cuts, tokenizer)
-        return self.take(pairs, steps, batch_size, share, workers)
+        return self.micro_batches(pairs, steps, batch_size, share, workers)
 
     def held_out(self, count: int) -> HeldOut:
-        return first_pairs(open_source(self.config.held_out), count, self.resolution)
+        return first_pairs(self.held_out_source, count, self.resolution)

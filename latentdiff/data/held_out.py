@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.buckets import fit
-from latentdiff.data.decode import UnreadableImage
-from latentdiff.data.images import ImageTextSource
+from latentdiff.data.images import ImageTextSource, squares
 from latentdiff.errors import InputError
 
 
@@ -22,15 +18,6 @@ class HeldOut(NamedTuple):
     captions: list[str]
     images: Tensor
     """uint8 [N, 3, H, W]."""
-
-
-def squares(
-    source: ImageTextSource, side: int, rows: Iterable[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Of those rows the readable ones, each with its picture, uint8 [side, side, 3]."""
-    for row in rows:
-        with suppress(UnreadableImage):
-            yield row, np.array(fit(source.image(row), (side, side))[0])
 
 
 def first_pairs(source: ImageTextSource, count: int, side: int) -> HeldOut:

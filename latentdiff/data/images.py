@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
 from latentdiff.config import Config, load_yaml
+from latentdiff.data.buckets import fit
 from latentdiff.data.decode import MAX_BYTES, UnreadableImage, decode, measure
 from latentdiff.data.scenes import EmojiScenes, ScenesConfig
 from latentdiff.errors import InputError
@@ -335,3 +337,12 @@ def _digest(lines: Iterable[str]) -> str:
     for line in lines:
         total.update(f"{len(line)}|{line}\n".encode())
     return total.hexdigest()
+
+
+def squares(
+    source: ImageTextSource, side: int, rows: Iterable[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, picture) of each readable row, in order; pictures uint8 [side, side, 3]."""
+    for row in rows:
+        with contextlib.suppress(UnreadableImage):
+            yield row, np.array(fit(source.image(row), (side, side))[0])

@@ -7,7 +7,8 @@ import torch
 
 from latentdiff.models.autoencoder import Autoencoder
 
-BATCH = 64
+BATCH_PIXELS = 64 * 64**2
+"""What a batch holds at most, but for one picture."""
 
 
 def psnr(pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -18,12 +19,19 @@ def psnr(pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
     return values
 
 
+def batch_size(side: int) -> int:
+    """Pictures of `side` x `side` pixels that a VAE takes at a time."""
+    return max(1, BATCH_PIXELS // side**2)
+
+
 @torch.inference_mode()
 def reconstruct(autoencoder: Autoencoder, pictures: np.ndarray) -> np.ndarray:
     """Decode the posterior means of pictures, uint8 [N, H, W, 3], into as many of that size."""
+    if not len(pictures):
+        return pictures
     weight = next(autoencoder.parameters())
     decoded = []
-    for batch in torch.from_numpy(pictures).split(BATCH):
+    for batch in torch.from_numpy(pictures).split(batch_size(max(pictures.shape[1:3]))):
         images = batch.permute(0, 3, 1, 2).to(weight.device, weight.dtype).div(127.5).sub(1)
         latents = autoencoder.encode(images).mean.to(weight.dtype)
         values = autoencoder.decode(latents).float().clamp(-1, 1).add(1).mul(127.5).round()

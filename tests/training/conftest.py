@@ -124,7 +124,7 @@ def tiny_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return chain
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """12 pictures of one colour each at their left, black at their right, of several shapes; the
     fourth is damaged.

@@ -1,4 +1,4 @@
-"""The VAE's start, its crops, its loss and its standardized latents."""
+"""The VAE's start, its loss and its standardized latents."""
 
 from __future__ import annotations
 
@@ -201,6 +201,45 @@ def test_a_decoder_learns_and_its_latents_stay(tiny_chain: Any, chain: Any, tmp_
     assert model.generate("a fox", seed=0, num_inference_steps=2).size == (64, 64)
 
 
+def test_another_encoder_than_before_is_refused(
+    tiny_chain: Any, chain: Any, tmp_path: Path
+) -> None:
+    alone = {"vae": "null", "decoder_only": True, "checkpoint_every": 1, "sample_every": 2}
+    made = chain("tiny", tmp_path)
+    made.run("autoencoder", init_from="emoji", max_steps=1, **alone)
+    with pytest.raises(InputError, match="encoder"):
+        made.run("autoencoder", init_from=tiny_chain.run_dir("autoencoder") / "model", **alone)
+
+
+@pytest.mark.parametrize("start", ["learned", "init_from", "decoder_only"])
+def test_of_latents_that_are_means_the_decoder_learns(
+    chain: Any, tmp_path: Path, start: str
+) -> None:
+    """Whether it begins with random weights or is trained further."""
+    shape = {"vae__block_out_channels": "[8, 16, 16]", "vae__latent_channels": 3}
+    made = chain("tiny", tmp_path)
+    options: dict[str, Any] = {"vae__encoder": "means", **shape}
+    if start != "learned":
+        made.run("autoencoder", max_steps=1, checkpoint_every=1, sample_every=1, **options)
+        options = {"vae": "null", "init_from": made.run_dir("autoencoder") / "model"}
+        options["decoder_only"] = start == "decoder_only"
+    network = made.program("autoencoder", **options).network
+    trained = {name for name, value in network.named_parameters() if value.requires_grad}
+    assert trained
+    assert all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in trained)
+
+
+def test_a_vae_that_cannot_be_standardized_is_refused(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False)
+    monkeypatch.setattr("training.autoencoder.vae_to_train", lambda model: bare)
+    with pytest.raises(InputError, match="no 1x1 convolutions beside its latents"):
+        tiny_chain.program("autoencoder", vae="null", init_from="emoji")
+    alone = tiny_chain.program("autoencoder", vae="null", init_from="emoji", decoder_only=True)
+    assert alone.network.vae is bare
+
+
 def test_all_of_a_trained_vae_learns_on(tiny_chain: Any) -> None:
     program = tiny_chain.program("autoencoder", vae="null", init_from="emoji")
     assert all(parameter.requires_grad for parameter in program.network.parameters())
@@ -248,7 +287,7 @@ def test_a_vae_learns_pictures_of_files(chain: Any, folder: Path, tmp_path: Path
     assert "damaged: picture 3 of" in (directory / "unreadable.jsonl").read_text()
     saved = Autoencoder(AutoencoderKL.from_pretrained(directory / "model" / "vae").eval())
     program = made.program("autoencoder", scenes="null", pictures=pictures, **few)
-    mean, std = latent_moments(saved, program.pictures.first(1024), CPU)
+    mean, std = latent_moments(saved, program.pictures.whole(1024), CPU)
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
 
@@ -265,12 +304,12 @@ def test_the_finished_latents_are_standard_and_reconstructions_as_they_were(
             parameter += 0.05 * torch.randn_like(parameter)
     program.network.eval()
     before = copy.deepcopy(program.network)
-    mean, std = latent_moments(before, program.pictures.first(1024), CPU)
+    mean, std = latent_moments(before, program.pictures.whole(1024), CPU)
     assert ((std - 1).abs() > 0.05).any()
 
     program.finish(tmp_path, CPU)
     saved = Autoencoder(AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
-    mean, std = latent_moments(saved, program.pictures.first(1024), CPU)
+    mean, std = latent_moments(saved, program.pictures.whole(1024), CPU)
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(std, torch.ones(4), atol=1e-3, rtol=0)
 

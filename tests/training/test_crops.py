@@ -14,14 +14,14 @@ from latentdiff.data.buckets import fit
 from latentdiff.data.images import SourceConfig
 from latentdiff.data.order import Share
 from latentdiff.errors import InputError
-from training.crops import CroppedFiles, Crops, SceneImages
-from training.pairs import PicturesConfig
+from training.crops import Crops, FileCrops, SceneImages
+from training.file_pictures import PicturesConfig
 
 
-def files(folder: Path, **options: Any) -> CroppedFiles:
+def files(folder: Path, **options: Any) -> FileCrops:
     source = SourceConfig(type="folder", path=folder)
     values = {"source": source, "held_out": source, "resolution": 32} | options
-    return CroppedFiles(PicturesConfig(**values), seed=5)
+    return FileCrops(PicturesConfig(**values), seed=5)
 
 
 def test_crops_are_windows_of_their_scenes(tiny_chain: Any) -> None:
@@ -51,7 +51,7 @@ def test_a_whole_picture_can_be_the_crop(tiny_chain: Any) -> None:
 
 def test_unseen_scenes_are_those_of_the_held_out_split(tiny_chain: Any) -> None:
     pictures = tiny_chain.program("autoencoder").pictures
-    trained = {picture.tobytes() for picture in pictures.first(2000)}
+    trained = {picture.tobytes() for picture in pictures.whole(2000)}
     assert len(trained) > 1000
     assert not any(picture.tobytes() in trained for picture in pictures.unseen(20))
 
@@ -72,12 +72,14 @@ def test_files_are_cut_alike_on_two_processes_and_anew_each_epoch(folder: Path) 
         for number, window in zip(batch.samples, batch.data, strict=True):
             windows.setdefault(number % 12, []).append(window)
     assert len(windows) == 12
-    assert any(not one.equal(other) for one, other in windows.values())
+    moved = [n for n, (one, other) in windows.items() if n not in (0, 3) and not one.equal(other)]
+    assert len(moved) > 5  # where a window is all of one colour, it looks the same elsewhere
 
 
 def test_whole_files_without_the_damaged_one(folder: Path) -> None:
     pictures = files(folder)
-    assert len(list(pictures.first(5))) == 5
+    assert len(list(pictures.whole(4))) == 3  # 0, 3, 6 and 9
+    assert len(list(pictures.whole(256))) == 11
     unseen = pictures.unseen(256)
     assert unseen.shape == (11, 32, 32, 3)
     square, _, _ = fit(pictures.source.image(4), (32, 32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic import ValidationError
 from latentdiff.data.images import SourceConfig, open_source
 from latentdiff.data.order import Share
 from training.data import MicroBatch
-from training.pairs import FilePairs, PicturesConfig
+from training.file_pictures import PicturesConfig
+from training.pairs import FilePairs
 
 COUNT = 12  # pictures of `folder`
 SINGLE = Share()
@@ -99,10 +101,10 @@ def test_an_unreadable_picture_is_replaced_and_reported(folder: Path, tokenizer_
     assert all(batch.data["image"].shape == (4, 3, 32, 32) for batch in made)
 
 
-def test_held_out_pairs_have_captions_of_their_own(folder: Path) -> None:
-    (folder / "05.txt").write_text("picture number 4")
-    held_out = pairs(folder).held_out(256)
-    (folder / "05.txt").write_text("picture number 5")
+def test_held_out_pairs_have_captions_of_their_own(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "05.txt").write_text("picture number 4")
+    held_out = pairs(copied).held_out(256)
     numbers = [n for n in range(COUNT) if n not in (3, 5)]
     assert held_out.captions == [f"picture number {n}" for n in numbers]
     assert held_out.images.shape == (len(numbers), 3, 32, 32)

@@ -84,11 +84,23 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("program", ["autoencoder", "clip", "diffusion"])
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("autoencoder", {}),
+        ("autoencoder", {"vae": "null", "init_from": "emoji", "decoder_only": True}),
+        ("autoencoder", {"scenes": "null"}),  # pictures of files, three steps an epoch
+        ("clip", {}),
+        ("diffusion", {}),
+    ],
+)
 def test_a_program_twice_and_resumed_gives_the_same_bytes(
-    tiny_chain: Any, tmp_path: Path, program: str
+    tiny_chain: Any, folder: Path, tmp_path: Path, program: str, options: dict[str, Any]
 ) -> None:
-    few = {"max_steps": 6, "checkpoint_every": 2, "sample_every": 6}
+    few = {"max_steps": 6, "checkpoint_every": 2, "sample_every": 6, **options}
+    if "scenes" in options:
+        source = {"type": "folder", "path": str(folder)}
+        few["pictures"] = json.dumps({"source": source, "held_out": source, "resolution": 32})
 
     def run(name: str, stop: int | None) -> None:
         made = tiny_chain.program(program, run_dir=tmp_path / name, **few)
