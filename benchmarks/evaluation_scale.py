@@ -32,6 +32,8 @@ from latentdiff.pipeline import TextToImage
 PROTOCOL = Path("configs/protocols/emoji_scenes.yaml")
 PARTS = 10
 LEAST = 1000
+REFERENCE = 200
+"""Of a kind; of some kinds hardly more are left where the prompts ask for thousands."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def main() -> None:
         parser.error(f"--pictures must be at least {LEAST}, for the distance at infinitely many")
     count = options.pictures // len(KINDS)
     values = load_yaml(Protocol, PROTOCOL).model_dump() | {"count": count}
+    values["reference"]["count"] = REFERENCE
     protocol = parse(Protocol, values, "--pictures")
     model = TextToImage.load(options.model)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from latentdiff.checkpoint import ModelParts
-from latentdiff.metrics.psnr import psnr, reconstruct
+from latentdiff.metrics.psnr import BATCH_PIXELS, batch_size, psnr, reconstruct
 
 
 def test_psnr_of_known_errors() -> None:
@@ -31,3 +31,14 @@ def test_reconstruct_is_the_vae_on_posterior_means(tiny_parts: ModelParts) -> No
             decoded = tiny_parts.autoencoder.vae(image).sample
             expected = ((decoded[0].permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255)
             np.testing.assert_allclose(mine, expected, atol=0.51)
+
+
+def test_reconstruct_nothing(tiny_parts: ModelParts) -> None:
+    """As a process does that has no picture of its own."""
+    nothing = np.empty((0, 32, 32, 3), dtype=np.uint8)
+    assert reconstruct(tiny_parts.autoencoder, nothing).shape == nothing.shape
+
+
+def test_large_pictures_come_in_small_batches() -> None:
+    assert [batch_size(side) for side in (64, 128, 1024)] == [64, 16, 1]
+    assert all(batch_size(side) * side**2 <= BATCH_PIXELS for side in range(1, 512))
