@@ -15,9 +15,11 @@ import argparse
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from benchmarks.generate import machine
@@ -86,15 +88,18 @@ def main() -> None:
     clip = results["features"]["clip"]
     numbers, distances = zip(*clip["frechet_points"], strict=True)
     at_infinity = clip["frechet_at_infinity"]
-    fitted = [
-        (number, at_infinity + (distances[-1] - at_infinity) * numbers[-1] / number)
-        for number in numbers
-    ]
     print(f"\nFréchet distance {clip['frechet']:.2f}, at infinitely many {at_infinity:.2f}")
-    line = Line("through the last, to infinity", fitted, dashed=True, marked=False)
-    title = "The bias of the Fréchet distance"
+    save(options.plot, panel(numbers, distances))
+
+
+def panel(numbers: Sequence[int], distances: Sequence[float]) -> Panel:
+    """FID_N against N, and the least squares line through it, which is straight in 1/N."""
+    slope, at_infinity = np.polyfit([1 / number for number in numbers], distances, 1)
+    fitted = [(number, at_infinity + slope / number) for number in numbers]
+    line = Line("straight in 1/N, by least squares", fitted, dashed=True, marked=False)
     measured = Line("measured", list(zip(numbers, distances, strict=True)))
-    save(options.plot, Panel(title, "pictures N", "distance", [measured, line], log_y=False))
+    title = "The bias of the Fréchet distance"
+    return Panel(title, "pictures N", "distance", [measured, line], log_y=False)
 
 
 def table(looks: list[Look], count: int) -> str:
