@@ -231,7 +231,7 @@ class AutoencoderProgram:
         if config.crop % factor:
             raise InputError(
                 f"crop is {config.crop}, but a latent of this VAE is {factor} pixels wide; make it "
-                f"a multiple of that."
+                "a multiple of that."
             )
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
