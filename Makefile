@@ -34,7 +34,7 @@ demo: .venv/run.stamp
 test: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy latentdiff training inference
+	$(BIN)/mypy -p latentdiff -p training -p inference -p benchmarks
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 train: .venv/train.stamp

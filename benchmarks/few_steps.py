@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.estimates import Estimate, frechet, right
 from benchmarks.panels import Line, Panel, save
 from latentdiff.config import read_yaml
-from latentdiff.metrics.bootstrap import share_interval
-from latentdiff.metrics.scene_accuracy import KINDS
 from latentdiff.model_files import read_json
 
 
@@ -45,62 +44,43 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What one sampler does with so many steps."""
 
     steps: int
-    right: Figure
+    right: Estimate
     """Percent of all pictures, of whatever kind, whose objects are right and in place."""
-    far: Figure
+    far: Estimate
     """Frechet distance."""
 
     @classmethod
     def of(cls, point: Mapping[str, Any]) -> Evaluation:
         """From report.json."""
-        results = point["results"]
-        clip, pictures = results["features"]["clip"], results["pictures"]
-        share = sum(results[kind.name]["objects_in_place"] for kind in KINDS) / len(KINDS)
-        ends = share_interval(round(share / 100 * pictures), pictures)
-        return cls(
-            point["settings"]["num_inference_steps"],
-            Figure(share, 100 * ends.low, 100 * ends.high),
-            Figure(clip["frechet"], *clip["frechet_interval"]),
-        )
+        results, settings = point["results"], point["settings"]
+        placed = right(results, "objects_in_place")
+        return cls(settings["num_inference_steps"], placed, frechet(results))
 
 
 def panel(
     title: str,
     up: str,
     by_sampler: Mapping[str, Sequence[Evaluation]],
-    figure: Callable[[Evaluation], Figure],
+    estimate: Callable[[Evaluation], Estimate],
 ) -> Panel:
     lines = []
     for name, evaluations in by_sampler.items():
-        figures = [figure(each) for each in evaluations]
-        points = [(e.steps, f.value) for e, f in zip(evaluations, figures, strict=True)]
-        lines.append(Line(name, points, [(each.low, each.high) for each in figures]))
+        estimates = [estimate(each) for each in evaluations]
+        points = [(e.steps, f.value) for e, f in zip(evaluations, estimates, strict=True)]
+        lines.append(Line(name, points, [(each.low, each.high) for each in estimates]))
     return Panel(title, "steps", up, lines, log_y=False)
 
 
 def table(by_sampler: Mapping[str, Sequence[Evaluation]]) -> str:
     """Markdown."""
-    lines = ["| sampler | steps | right and in place | Fréchet distance |", "|---" * 4 + "|"]
+    lines = ["| sampler | steps | right and in place, % | Fréchet distance |", "|---" * 4 + "|"]
     for name, evaluations in by_sampler.items():
         for each in evaluations:
-            right, far = each.right, each.far
-            lines.append(
-                f"| {name} | {each.steps:,} | {right.value:.1f}% ({right.low:.1f} to "
-                f"{right.high:.1f}) | {far.value:.1f} ({far.low:.1f} to {far.high:.1f}) |"
-            )
+            lines.append(f"| {name} | {each.steps:,} | {each.right} | {each.far} |")
     return "\n".join(lines)
 
 

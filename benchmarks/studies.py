@@ -7,24 +7,28 @@ Every network is trained by the programs of training/, one after the other; what
 done again, and the same command continues after a kill. The models of one study learn from the
 same scenes, with the bundled model's text encoder or, in `towers`, with a CLIP that stays as it is.
 A CLIP does not know left from right: of two objects it is asked what they are, not where. Prints a
-Markdown table of the figures of inference.evaluate, FID and CLIP score by the bundled CLIP, and
-writes a sheet of pictures.
+Markdown table of the figures of inference.evaluate, Frechet distance and CLIP score by the bundled
+CLIP; writes benchmarks/studies_NAME.svg, the same figures with 95% intervals, and a sheet of
+pictures, benchmarks/studies_NAME.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from PIL import Image
 
+from benchmarks.estimates import clip_score, frechet, right
 from benchmarks.generate import machine
+from benchmarks.panels import Dots, save
 from latentdiff.model_files import read_json
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.pipeline import TextToImage
@@ -43,7 +47,7 @@ PROMPTS = [
     "a fox to the left of a red apple on a blue background",
 ]
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class Model:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         results: dict[str, Any] = read_json(self.run_dir / "evaluation" / "evaluation.json")
         return results
+
+    def rate(self) -> float:
+        """Samples per second that the U-Net was trained on: the median over the training."""
+        lines = (self.run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
+        return median(rate for line in lines if (rate := json.loads(line).get("images_per_second")))
 
     def size(self) -> tuple[int, int]:
         """Of the finished U-Net the weights, and the operations of training on one sample."""
@@ -204,31 +213,52 @@ def main() -> None:
     models = STUDIES[study]()
     results = [model.results() for model in models]
     print(machine(), "", table(models, results), sep="\n")
-    sheet(models).save(Path(__file__).with_name(f"studies_{study}.png"))
+    titles = [model.title for model in models]
+    plot = Path(__file__).with_name(f"studies_{study}.svg")
+    save(
+        plot,
+        *(
+            Dots(title, across, dict(zip(titles, map(estimate, results), strict=True)))
+            for title, across, estimate in (
+                ("Objects right", "% of pictures", lambda each: right(each, "objects")),
+                ("Distance from real pictures", "Fréchet distance", frechet),
+                ("Fit of picture and prompt", "CLIP score", clip_score),
+            )
+        ),
+        height=0.8 + 0.45 * len(models),
+    )
+    sheet(models).save(plot.with_suffix(".png"))
 
 
 def table(models: list[Model], results: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | U-Net | samples | PFLOP | one object | two objects | FID | CLIP score |"]
-    lines.append("|---" * 8 + "|")
+    lines = [
+        "| | U-Net | samples | PFLOP | minutes | autoencoder | one object | two objects "
+        "| Fréchet distance | CLIP score |"
+    ]
+    lines.append("|---" * 10 + "|")
     for model, result in zip(models, results, strict=True):
-        clip, samples = result["features"]["clip"], 64 * model.steps
         weights, flops = model.size()
+        samples, psnr = 64 * model.steps, result.get("vae_psnr_db")
         lines.append(
             f"| {model.title} | {weights / 1e6:.1f} M | {samples:,} | "
-            f"{samples * flops / 1e15:.2f} | {result['one']['objects']:.1f}% | "
-            f"{result['two']['objects']:.1f}% | {clip['frechet']:.1f} | "
-            f"{clip['clip_score']:.1f} |"
+            f"{samples * flops / 1e15:.2f} | {samples / model.rate() / 60:.0f} | "
+            f"{'exact' if psnr is None else f'{psnr:.1f} dB'} | {result['one']['objects']:.1f}% | "
+            f"{result['two']['objects']:.1f}% | {frechet(result).value:.1f} | "
+            f"{clip_score(result).value:.1f} |"
         )
     return "\n".join(lines)
 
 
 def sheet(models: list[Model]) -> Image.Image:
     """A row of pictures of each model, the same prompts and seeds in each."""
-    pictures, labels = [], []
+    pictures: list[Image.Image] = []
+    labels: list[str] = []
     for model in models:
         loaded = TextToImage.load(model.run_dir / "model")
-        pictures += loaded.generate(PROMPTS, seed=list(range(len(PROMPTS))))
+        drawn = loaded.generate(PROMPTS, seed=list(range(len(PROMPTS))))
+        assert isinstance(drawn, list)
+        pictures += drawn
         labels += [f"{model.title}: {prompt}" for prompt in PROMPTS]
     return labelled_sheet(pictures, labels, columns=len(PROMPTS), scale=2)
 

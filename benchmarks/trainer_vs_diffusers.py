@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     program, clock = DiffusionProgram(config), Clock(arguments.steps)
     batches = program.batches
 
-    def timed(steps: range, share: Share) -> Iterator[list[Any]]:
+    def timed(steps: range, share: Share) -> Generator[list[Any], None, None]:
         for micro_batches in batches(steps, share):
             clock.tick()
             yield micro_batches

@@ -6,10 +6,11 @@ import io
 import struct
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -49,13 +50,13 @@ def send(
     kind: str,
     status: int = 200,
     length: int | None = None,
-    **headers: str,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     request.send_response(status)
     request.send_header("Content-Type", kind)
     request.send_header("Content-Length", str(len(body) if length is None else length))
     for name, value in headers.items():
-        request.send_header(name.replace("_", "-"), value)
+        request.send_header(name, value)
     request.end_headers()
     request.wfile.write(body)
 
@@ -66,7 +67,7 @@ def picture(request: BaseHTTPRequestHandler, file: Path) -> None:
 
 def with_header(name: str, value: str) -> Answer:
     def answer(request: BaseHTTPRequestHandler, file: Path) -> None:
-        send(request, file.read_bytes(), TYPES[file.suffix], **{name: value})
+        send(request, file.read_bytes(), TYPES[file.suffix], headers={name: value})
 
     return answer
 
@@ -105,7 +106,7 @@ def busy(request: BaseHTTPRequestHandler, file: Path) -> None:
         picture(request, file)
     else:
         tried.add(request.path)
-        send(request, b"", "text/plain", 503, Retry_After="0")
+        send(request, b"", "text/plain", 503, headers={"Retry-After": "0"})
 
 
 def silent(request: BaseHTTPRequestHandler, file: Path) -> None:
@@ -151,7 +152,7 @@ def huge(request: BaseHTTPRequestHandler, file: Path) -> None:
 def packed(request: BaseHTTPRequestHandler, file: Path) -> None:
     """An encoding that nobody asked for: a hundred times as much when it is unpacked."""
     body = zlib.compress(file.read_bytes() + bytes(64 << 20), 1)
-    send(request, body, TYPES[file.suffix], Content_Encoding="deflate")
+    send(request, body, TYPES[file.suffix], headers={"Content-Encoding": "deflate"})
 
 
 def other(body: bytes, kind: str) -> Answer:

@@ -167,8 +167,8 @@ def links(rows: list[Row]) -> list[Row]:
 
 def moved(url: str, server: str) -> str:
     """An address of SERVER or its port where it is served; order and scores stay as they are."""
-    ports = [f":{each.rpartition(':')[2]}" for each in (SERVER, server)]
-    return url.replace(SERVER, server) if SERVER in url else url.replace(*ports)
+    old, new = (f":{each.rpartition(':')[2]}" for each in (SERVER, server))
+    return url.replace(SERVER, server) if SERVER in url else url.replace(old, new)
 
 
 def described(row: Row) -> dict[str, Any]:

@@ -23,15 +23,22 @@ SUFFIXES = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg"}
 ORIENTATION = 0x0112
 
 
+def resized(size: tuple[int, int], factor: float, least: int) -> tuple[int, int]:
+    """Each side `factor` times as long, in pixels, and `least` of them or more."""
+    width, height = size
+    return max(least, round(width * factor)), max(least, round(height * factor))
+
+
 def place(drawing: Image.Image, rng: Random) -> Image.Image:
     """On white, on a pale colour or on nothing, with margins of its own at each edge: RGBA."""
     longer = rng.uniform(0.45, 1.0)
-    drawing = drawing.resize(tuple(max(1, round(side * longer)) for side in drawing.size))
+    drawing = drawing.resize(resized(drawing.size, longer, 1))
     edge = 0.15 * max(drawing.size)
     left, top, right, bottom = (round(rng.uniform(0, edge)) for _ in range(4))
     background = (255, 255, 255, rng.choice((255, 255, 255, 0)))
     if rng.random() < 0.15:
-        background = (*(rng.randrange(190, 256) for _ in range(3)), 255)
+        red, green, blue = (rng.randrange(190, 256) for _ in range(3))
+        background = (red, green, blue, 255)
     size = drawing.width + left + right, drawing.height + top + bottom
     canvas = Image.new("RGBA", size, background)
     canvas.alpha_composite(drawing, (left, top))
@@ -78,7 +85,7 @@ def again(file: bytes, rng: Random) -> tuple[bytes, str]:
     way = rng.choice(("encoded", "resized", "brightened"))
     if way == "resized":
         scale = rng.choice((0.6, 0.8, 1.4))
-        flat = flat.resize(tuple(max(16, round(side * scale)) for side in flat.size))
+        flat = flat.resize(resized(flat.size, scale, 16))
     if way == "brightened":
         flat = ImageEnhance.Brightness(flat).enhance(rng.choice((0.92, 0.96)))
     return save(flat, "JPEG", quality=rng.randrange(60, 91))
