@@ -89,6 +89,13 @@ def main() -> None:
     numbers, distances = zip(*clip["frechet_points"], strict=True)
     at_infinity = clip["frechet_at_infinity"]
     print(f"\nFréchet distance {clip['frechet']:.2f}, at infinitely many {at_infinity:.2f}")
+    for kind in KINDS:
+        found = results[kind.name]
+        low, high = found["intervals"]["objects_in_place"]
+        print(
+            f"{kind.name}: right and in place {found['objects_in_place']}% ({low} to {high}), "
+            f"background {found['background']}%"
+        )
     save(options.plot, panel(numbers, distances))
 
 

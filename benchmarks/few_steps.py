@@ -33,9 +33,10 @@ def main() -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run_dir = Path(read_yaml(options.config)["run_dir"])
     by_sampler: dict[str, list[Evaluation]] = {}
-    for point in read_json(run_dir / "report.json")["points"]:
+    points = read_json(run_dir / "report.json")["points"]
+    for point in points:
         by_sampler.setdefault(point["settings"]["sampler"], []).append(Evaluation.of(point))
-    print(table(by_sampler))
+    print(f"protocol {points[0]['results']['id']}", "", table(by_sampler), sep="\n")
     save(
         options.plot,
         panel("Objects right and in place", "% of pictures", by_sampler, lambda each: each.right),

@@ -5,11 +5,13 @@
 
 Every network is trained by the programs of training/, one after the other; what is finished is not
 done again, and the same command continues after a kill. The models of one study learn from the
-same scenes, with the bundled model's text encoder or, in `towers`, with a CLIP that stays as it is.
-A CLIP does not know left from right: of two objects it is asked what they are, not where. Prints a
-Markdown table of the figures of inference.evaluate, Frechet distance and CLIP score by the bundled
-CLIP; writes benchmarks/studies_NAME.svg, the same figures with 95% intervals, and a sheet of
-pictures, benchmarks/studies_NAME.png.
+same scenes, with the bundled model's text encoder, which learned beside a U-Net in latents, or, in
+`towers`, with a CLIP that stays as it is. A CLIP does not know left from right: of two objects it
+is asked what they are, not where. Operations and minutes are those of training the U-Net alone.
+Prints a Markdown table of the figures of inference.evaluate, Frechet distance and CLIP score by the
+bundled CLIP; writes benchmarks/studies_NAME.svg, the same figures, and a sheet of pictures,
+benchmarks/studies_NAME.png. The 95% intervals are over prompts and seeds; each network is trained
+once.
 """
 
 from __future__ import annotations
@@ -112,15 +114,19 @@ class Model:
         lines = (self.run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
         return median(rate for line in lines if (rate := json.loads(line).get("images_per_second")))
 
-    def size(self) -> tuple[int, int]:
-        """Of the finished U-Net the weights, and the operations of training on one sample."""
-        config = UNetConfig.from_diffusers(read_json(self.run_dir / "model/unet/config.json"))
-        with torch.device("meta"):
-            unet = UNet(config)
-            x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
-            text = torch.empty(1, TOKENS, config.cross_attention_dim)
-            flops = step_flops(unet, x, torch.zeros(1), text)
-        return sum(value.numel() for value in unet.parameters()), flops
+    def operations(self, unet: UNetConfig) -> int:
+        """Of all the training of its U-Net."""
+        return self.steps * self.batch_size * size(unet)[1]
+
+
+def size(config: UNetConfig) -> tuple[int, int]:
+    """Of a U-Net the weights, and the operations of training on one sample."""
+    with torch.device("meta"):
+        unet = UNet(config)
+        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+        text = torch.empty(1, TOKENS, config.cross_attention_dim)
+        flops = step_flops(unet, x, torch.zeros(1), text)
+    return sum(value.numel() for value in unet.parameters()), flops
 
 
 def autoencoder(name: str, options: Options) -> tuple[Step, Options]:
@@ -216,7 +222,7 @@ def main() -> None:
     study = parser.parse_args().study
     models = STUDIES[study]()
     results = [model.results() for model in models]
-    print(machine(), "", table(models, results), sep="\n")
+    print(machine(), f"protocol {results[0]['id']}", "", table(models, results), sep="\n")
     titles = [model.title for model in models]
     plot = Path(__file__).with_name(f"studies_{study}.svg")
     save(
@@ -237,19 +243,18 @@ def main() -> None:
 def table(models: list[Model], results: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| | U-Net | samples | PFLOP | minutes | autoencoder | one object | two objects "
+        "| | U-Net | samples | PFLOP | minutes | autoencoder | objects right, % "
         "| Fréchet distance | CLIP score |"
     ]
-    lines.append("|---" * 10 + "|")
+    lines.append("|---" * 9 + "|")
     for model, result in zip(models, results, strict=True):
-        weights, flops = model.size()
+        unet = UNetConfig.from_diffusers(read_json(model.run_dir / "model/unet/config.json"))
         samples, psnr = model.batch_size * model.steps, result.get("vae_psnr_db")
         lines.append(
-            f"| {model.title} | {weights / 1e6:.1f} M | {samples:,} | "
-            f"{samples * flops / 1e15:.2f} | {samples / model.rate() / 60:.0f} | "
-            f"{'exact' if psnr is None else f'{psnr:.1f} dB'} | {result['one']['objects']:.1f}% | "
-            f"{result['two']['objects']:.1f}% | {frechet(result).value:.1f} | "
-            f"{clip_score(result).value:.1f} |"
+            f"| {model.title} | {size(unet)[0] / 1e6:.1f} M | {samples:,} | "
+            f"{model.operations(unet) / 1e15:.2f} | {samples / model.rate() / 60:.0f} | "
+            f"{'exact' if psnr is None else f'{psnr:.1f} dB'} | {right(result, 'objects')} | "
+            f"{frechet(result)} | {clip_score(result)} |"
         )
     return "\n".join(lines)
 

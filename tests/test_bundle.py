@@ -95,16 +95,18 @@ def test_vae_keeps_unseen_scenes(bundle: TextToImage) -> None:
     assert psnr(reconstruct(bundle.parts.autoencoder, pictures), pictures).mean() >= 36
 
 
-def test_draws_what_is_asked_more_often_than_chance(bundle: TextToImage) -> None:
-    """The evaluation's first 24 single objects; by chance one of three such lists has one right."""
+def test_draws_what_is_asked(bundle: TextToImage) -> None:
+    """The evaluation's first twelve scenes of each kind: its bars are 97% of single objects, 85% of
+    held-out pairs and 99% of backgrounds.
+    """
     assert bundle.parts.vocabulary is not None
     judge = Judge(bundle.parts.vocabulary)
-    asked = KINDS[0].scenes(bundle.parts.vocabulary, 24)
+    asked = [scene for kind in KINDS for scene in kind.scenes(bundle.parts.vocabulary, 12)]
     pictures = bundle.generate([prompt_for(scene) for scene in asked], seed=0)
     assert isinstance(pictures, list)
     verdicts = [judge(np.asarray(p), scene) for p, scene in zip(pictures, asked, strict=True)]
-    assert sum(verdict.background_right for verdict in verdicts) >= 24
-    assert sum(verdict.objects_right for verdict in verdicts) >= 14
+    assert all(verdict.background_right for verdict in verdicts)
+    assert sum(verdict.in_place for verdict in verdicts) >= 44
 
 
 def test_batches_do_not_change_a_picture(bundle: TextToImage) -> None:

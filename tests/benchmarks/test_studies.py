@@ -1,4 +1,4 @@
-"""The studies' options exist: a wrong one would come to light after hours."""
+"""The options of studies exist, and what is to be equal is: hours would pass before it showed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import STUDIES, Model, Step
+from benchmarks.studies import STUDIES, Model, Step, spaces, towers
 from latentdiff.config import Config, load_config
 from latentdiff.models.unet import UNet
 from training.autoencoder import AutoencoderConfig
@@ -45,6 +45,25 @@ def test_every_program_takes_its_options(model: Model) -> None:
     assert [str(config.run_dir) for config in caches] == [last.cache]
     assert caches[0].autoencoder == last.autoencoder
     assert caches[0].text_encoder == last.text_encoder
+
+
+def operations(model: Model) -> int:
+    config = load(model.training[-1])
+    assert isinstance(config, DiffusionConfig)
+    assert config.unet is not None
+    assert (config.max_steps, config.batch_size) == (model.steps, model.batch_size)
+    return model.operations(config.unet)
+
+
+def test_spaces_are_given_equal_operations() -> None:
+    given = [operations(model) for model in spaces()]
+    assert max(given) <= 1.03 * min(given)
+
+
+def test_the_smaller_unet_of_a_text_encoder_takes_a_quarter() -> None:
+    given = [operations(model) for model in towers()]
+    for smaller, larger in zip(given[::2], given[1::2], strict=True):
+        assert smaller == pytest.approx(larger / 4, rel=0.06)
 
 
 def test_no_two_runs_share_a_directory() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from inference import gallery
 from latentdiff.metrics.scene_accuracy import KINDS, prompt_for
 from latentdiff.pipeline import TextToImage
+from latentdiff.sheet import MARGIN
+
+BUNDLED = Path(__file__).parents[2] / "latentdiff/pretrained/emoji/gallery.png"
 
 
 def test_nothing_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +36,19 @@ def test_nothing_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert prompts[8 * number :][:8] == [prompt_for(one) for one in kind.scenes(scenes, 8)]
     assert seed == 0
     assert Image.open(output).width == 8 * (128 + 12)
+
+
+def test_the_bundled_gallery_is_of_the_bundled_weights() -> None:
+    """A picture of each kind, drawn again: seed 8 n, the first of row n."""
+    model = TextToImage.load()
+    prompts = [prompt_for(kind.scenes(model.parts.scenes(), 1)[0]) for kind in KINDS]
+    seeds = [gallery.EACH * row for row in range(len(KINDS))]
+    drawn = model.generate(prompts, seed=seeds)
+    assert isinstance(drawn, list)
+    with Image.open(BUNDLED) as opened:
+        shown = np.asarray(opened.convert("RGB"), dtype=int)
+    height = shown.shape[0] // len(KINDS)
+    for row, picture in enumerate(drawn):
+        top, left, side = row * height + MARGIN, MARGIN, 2 * picture.height
+        cell = shown[top : top + side : 2, left : left + side : 2]
+        assert np.abs(cell - np.asarray(picture, dtype=int)).max() <= 8
