@@ -1,6 +1,7 @@
 # make demo    a picture from PROMPT="..." in demo.png
 # make test    lint, types and tests
-# make train   every network of the bundled model, from random weights; run again, it continues
+# make train   every network of a model like the bundled one, from random weights; run again, it
+#              continues
 # make laion   a small web of pictures, from metadata to a fine-tuned model and its figures
 # make clean   all that these made, except runs/
 

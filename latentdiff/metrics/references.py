@@ -43,7 +43,8 @@ class SourcesReference(Config):
     like a category of prompts is what those of the category are."""
     sha256: Sha256 | None = None
     """What evaluation.json says of them as fixed.reference, refused where it is another; null takes
-    any."""
+    any. Of files it is the names, lengths and captions, not the pixels: it tells another selection
+    or order, not a picture that was changed and kept its length."""
 
 
 ReferenceConfig: TypeAlias = Annotated[
