@@ -5,9 +5,10 @@
 
 Every network is trained by the programs of training/, one after the other; what is finished is not
 done again, and the same command continues after a kill. The models of one study learn from the
-same scenes, with the bundled model's text encoder, which learned beside a U-Net in latents, or, in
-`towers`, with a CLIP that stays as it is. A CLIP does not know left from right: of two objects it
-is asked what they are, not where. Operations and minutes are those of training the U-Net alone.
+same scenes, with a CLIP of the studies' own that stays as it is; the bundled model's text encoder
+learned beside a U-Net in latents, which would favour them. A CLIP does not know left from right: of
+two objects it is asked what they are, not where. Operations and minutes are those of training the
+U-Net alone.
 Prints a Markdown table of the figures of inference.evaluate, Frechet distance and CLIP score by the
 bundled CLIP; writes benchmarks/studies_NAME.svg, the same figures, and a sheet of pictures,
 benchmarks/studies_NAME.png. The 95% intervals are over prompts and seeds; each network is trained
@@ -20,7 +21,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +52,15 @@ PROMPTS = [
 
 Options = dict[str, Any]
 
+TEXTS: dict[str, Options] = {
+    "small": {"hidden_size": 32, "layers": 1, "heads": 2},
+    "large": {"hidden_size": 192, "layers": 6, "heads": 6},
+}
+UNETS: dict[str, Options] = {
+    "small": {"block_out_channels": [48, 88], "norm_num_groups": 8},
+    "large": {},
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -80,10 +90,10 @@ class Model:
     title: str
     steps: int
     unet: Options
-    before: tuple[Step, ...] = ()
+    before: tuple[Step, ...]
     """What is trained or cached first."""
-    options: Options = field(default_factory=dict)
-    batch_size: int = 64
+    options: Options
+    batch_size: int
 
     @property
     def run_dir(self) -> Path:
@@ -138,39 +148,81 @@ def autoencoder(name: str, options: Options) -> tuple[Step, Options]:
     }
 
 
-def cached(latents: Options, text_encoder: str | Path = EMOJI) -> Step:
+def cached(latents: Options, text_encoder: Path) -> Step:
     """The scenes as these latents and this encoder's tokens."""
     named = {"run_dir": latents["cache"], "autoencoder": latents["autoencoder"]}
     return Step("cache_latents", named | {"text_encoder": text_encoder})
 
 
-def spaces() -> list[Model]:
-    """U-Nets of 7.2 to 7.7 million weights, trained with equal operations.
+def model(
+    name: str,
+    title: str,
+    steps: int,
+    unet: Options,
+    text: str,
+    latents: Options,
+    before: tuple[Step, ...] = (),
+    batch_size: int = 64,
+) -> Model:
+    """Of a U-Net that reads the CLIP `text`, which is trained before it, as the cache is made."""
+    size, clip = TEXTS[text], RUNS / f"clip-{text}"
+    train = Step("clip", {"run_dir": clip} | {f"text.{n}": value for n, value in size.items()})
+    return Model(
+        name,
+        title,
+        steps,
+        unet | {"cross_attention_dim": size["hidden_size"]},
+        (train, *before, cached(latents, clip / "model")),
+        latents | {"text_encoder": clip / "model"},
+        batch_size,
+    )
 
-    An operation buys the fewest samples in pixels; in batches of 16 they are still 1,400 steps.
+
+def towers() -> list[Model]:
+    """Two text encoders by two U-Nets, a quarter of the operations or all of them."""
+    return [
+        model(
+            f"text-{text}-unet-{unet}",
+            f"{text} text encoder, {unet} U-Net",
+            2000,
+            shape,
+            text,
+            {"cache": RUNS / f"text-{text}-cache", "autoencoder": EMOJI},
+        )
+        for text in TEXTS
+        for unet, shape in UNETS.items()
+    ]
+
+
+def spaces() -> list[Model]:
+    """U-Nets of 7.2 to 7.7 million weights, trained with equal operations; in latents, the last of
+    `towers`.
+
+    An operation buys the fewest samples in pixels; in batches of 16 they are still 1,440 steps.
     """
     three = {"in_channels": 3, "out_channels": 3}
-    latents = {"cache": RUNS / "latents-cache", "autoencoder": EMOJI}
     nothing = {"vae.block_out_channels": [8], "max_steps": 1, "optimizer.learning_rate": 1e-9}
     small, small_latents = autoencoder("small", {})
     pixels, pixel_latents = autoencoder("pixels", nothing | {"optimizer.cooldown_steps": 0})
     return [
-        Model("latents", "latents, 8 x 8 x 16", 2000, {}, (cached(latents),), latents),
-        Model(
+        replace(towers()[-1], title="latents, 8 x 8 x 16"),
+        model(
             "small",
             "small pictures, 16 x 16 x 3, made larger",
-            1620,
+            1630,
             three | {"sample_size": 16} | levels([32, 96, 176]),
-            (small, cached(small_latents)),
+            "large",
             small_latents,
+            (small,),
         ),
-        Model(
+        model(
             "pixels",
             "pixels, 64 x 64 x 3",
-            1400,
+            1440,
             three | {"sample_size": 64} | levels([16, 32, 96, 176]),
-            (pixels, cached(pixel_latents)),
+            "large",
             pixel_latents,
+            (pixels,),
             batch_size=16,
         ),
     ]
@@ -184,33 +236,6 @@ def levels(channels: list[int]) -> Options:
         "down_block_types": ["DownBlock2D"] * plain + ["CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D"] + ["UpBlock2D"] * plain,
     }
-
-
-def towers() -> list[Model]:
-    """Two text encoders by two U-Nets, a quarter of the operations or all of them."""
-    texts = {
-        "small": {"hidden_size": 32, "layers": 1, "heads": 2},
-        "large": {"hidden_size": 192, "layers": 6, "heads": 6},
-    }
-    unets = {"small": {"block_out_channels": [48, 88], "norm_num_groups": 8}, "large": {}}
-    models = []
-    for text, size in texts.items():
-        clip = RUNS / f"clip-{text}"
-        train = Step("clip", {"run_dir": clip} | {f"text.{n}": v for n, v in size.items()})
-        latents = {"cache": RUNS / f"text-{text}-cache", "autoencoder": EMOJI}
-        told = latents | {"text_encoder": clip / "model"}
-        for unet, shape in unets.items():
-            models.append(
-                Model(
-                    f"text-{text}-unet-{unet}",
-                    f"{text} text encoder, {unet} U-Net",
-                    2000,
-                    shape | {"cross_attention_dim": size["hidden_size"]},
-                    (train, cached(latents, clip / "model")),
-                    told,
-                )
-            )
-    return models
 
 
 STUDIES = {"spaces": spaces, "towers": towers}
