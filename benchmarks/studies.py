@@ -5,10 +5,10 @@
 
 Every network is trained by the programs of training/, one after the other; what is finished is not
 done again, and the same command continues after a kill. The models of one study learn from the
-same scenes, with a CLIP of the studies' own that stays as it is; the bundled model's text encoder
-learned beside a U-Net in latents, which would favour them. A CLIP does not know left from right: of
-two objects it is asked what they are, not where. Operations and minutes are those of training the
-U-Net alone.
+same scenes, with a CLIP of the studies' own that stays as it is; only the last of `towers` reads
+the bundled model's text encoder, which learned beside a U-Net in latents. A CLIP does not know left
+from right: of two objects it is asked what they are, not where. Operations and minutes are those of
+training the U-Net alone.
 Prints a Markdown table of the figures of inference.evaluate, Frechet distance and CLIP score by the
 bundled CLIP; writes benchmarks/studies_NAME.svg, the same figures, and a sheet of pictures,
 benchmarks/studies_NAME.png. The 95% intervals are over prompts and seeds; each network is trained
@@ -52,7 +52,7 @@ PROMPTS = [
 
 Options = dict[str, Any]
 
-TEXTS: dict[str, Options] = {
+CLIPS: dict[str, Options] = {
     "small": {"hidden_size": 32, "layers": 1, "heads": 2},
     "large": {"hidden_size": 192, "layers": 6, "heads": 6},
 }
@@ -148,10 +148,29 @@ def autoencoder(name: str, options: Options) -> tuple[Step, Options]:
     }
 
 
-def cached(latents: Options, text_encoder: Path) -> Step:
+def cached(latents: Options, text_encoder: Path | str) -> Step:
     """The scenes as these latents and this encoder's tokens."""
     named = {"run_dir": latents["cache"], "autoencoder": latents["autoencoder"]}
     return Step("cache_latents", named | {"text_encoder": text_encoder})
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """What a U-Net reads."""
+
+    directory: Path | str
+    width: int
+    before: tuple[Step, ...] = ()
+    """What trains it."""
+
+
+def text_encoder(name: str) -> TextEncoder:
+    """The bundled model's, or the tower of one of the CLIPs."""
+    if name == "bundled":
+        return TextEncoder(EMOJI, 128)
+    size, clip = CLIPS[name], RUNS / f"clip-{name}"
+    train = Step("clip", {"run_dir": clip} | {f"text.{n}": value for n, value in size.items()})
+    return TextEncoder(clip / "model", size["hidden_size"], (train,))
 
 
 def model(
@@ -159,44 +178,45 @@ def model(
     title: str,
     steps: int,
     unet: Options,
-    text: str,
+    text: TextEncoder,
     latents: Options,
     before: tuple[Step, ...] = (),
     batch_size: int = 64,
 ) -> Model:
-    """Of a U-Net that reads the CLIP `text`, which is trained before it, as the cache is made."""
-    size, clip = TEXTS[text], RUNS / f"clip-{text}"
-    train = Step("clip", {"run_dir": clip} | {f"text.{n}": value for n, value in size.items()})
+    """Of a U-Net that reads `text`, which is trained before it, as the cache is made."""
     return Model(
         name,
         title,
         steps,
-        unet | {"cross_attention_dim": size["hidden_size"]},
-        (train, *before, cached(latents, clip / "model")),
-        latents | {"text_encoder": clip / "model"},
+        unet | {"cross_attention_dim": text.width},
+        (*text.before, *before, cached(latents, text.directory)),
+        latents | {"text_encoder": text.directory},
         batch_size,
     )
 
 
+def in_latents(text: str, unet: str) -> Model:
+    """With the bundled VAE."""
+    return model(
+        f"text-{text}-unet-{unet}",
+        f"{text} text encoder, {unet} U-Net",
+        2000,
+        UNETS[unet],
+        text_encoder(text),
+        {"cache": RUNS / f"text-{text}-cache", "autoencoder": EMOJI},
+    )
+
+
 def towers() -> list[Model]:
-    """Two text encoders by two U-Nets, a quarter of the operations or all of them."""
-    return [
-        model(
-            f"text-{text}-unet-{unet}",
-            f"{text} text encoder, {unet} U-Net",
-            2000,
-            shape,
-            text,
-            {"cache": RUNS / f"text-{text}-cache", "autoencoder": EMOJI},
-        )
-        for text in TEXTS
-        for unet, shape in UNETS.items()
-    ]
+    """Two text encoders by two U-Nets, a quarter of the operations or all of them; and the text
+    encoder that learned beside a U-Net.
+    """
+    four = [in_latents(text, unet) for text in CLIPS for unet in UNETS]
+    return [*four, in_latents("bundled", "large")]
 
 
 def spaces() -> list[Model]:
-    """U-Nets of 7.2 to 7.7 million weights, trained with equal operations; in latents, the last of
-    `towers`.
+    """U-Nets of 7.3 to 7.8 million weights that read the larger CLIP, given equal operations.
 
     An operation buys the fewest samples in pixels; in batches of 16 they are still 1,440 steps.
     """
@@ -205,13 +225,13 @@ def spaces() -> list[Model]:
     small, small_latents = autoencoder("small", {})
     pixels, pixel_latents = autoencoder("pixels", nothing | {"optimizer.cooldown_steps": 0})
     return [
-        replace(towers()[-1], title="latents, 8 x 8 x 16"),
+        replace(in_latents("large", "large"), title="latents, 8 x 8 x 16"),
         model(
             "small",
             "small pictures, 16 x 16 x 3, made larger",
             1630,
             three | {"sample_size": 16} | levels([32, 96, 176]),
-            "large",
+            text_encoder("large"),
             small_latents,
             (small,),
         ),
@@ -220,7 +240,7 @@ def spaces() -> list[Model]:
             "pixels, 64 x 64 x 3",
             1440,
             three | {"sample_size": 64} | levels([16, 32, 96, 176]),
-            "large",
+            text_encoder("large"),
             pixel_latents,
             (pixels,),
             batch_size=16,

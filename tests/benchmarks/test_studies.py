@@ -61,7 +61,7 @@ def test_spaces_are_given_equal_operations() -> None:
 
 
 def test_the_smaller_unet_of_a_text_encoder_takes_a_quarter() -> None:
-    given = [operations(model) for model in towers()]
+    given = [operations(model) for model in towers()[:4]]
     for smaller, larger in zip(given[::2], given[1::2], strict=True):
         assert smaller == pytest.approx(larger / 4, rel=0.06)
 
