@@ -33,7 +33,7 @@ from training.faults import NotFiniteError
 from training.findings import Check, Context, Finding, judged
 from training.loop import Run, make_accelerator
 from training.monitor import Monitor, duration, peak_memory
-from training.parallel import local
+from training.parallel import leave, local
 
 PROGRAMS = ("diffusion", "autoencoder", "clip")
 
@@ -243,8 +243,7 @@ def check(config: RunConfig, make_program: Callable[[Any], Any]) -> Iterator[Fin
             checks = OF_DIFFUSION + OF_ALL
         for one in checks:
             yield from one(context)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from training.faults import (
 from training.flops import FlopMeter
 from training.monitor import Monitor
 from training.optimizers import make_optimizer
-from training.parallel import agreed, means, parallelize
+from training.parallel import agreed, leave, means, parallelize
 
 LOST = timedelta(minutes=30)
 """How long a process waits for another before it gives it up for lost."""
@@ -118,6 +118,7 @@ class Run:
         model = config.run_dir / "model"
         if self.start >= config.max_steps and agreed(accelerator, model.exists()):
             accelerator.print(f"{config.run_dir} is finished: {model}")
+            leave(accelerator)
             return
         with alone_in(config.run_dir) if accelerator.is_main_process else nullcontext():
             self.run_alone(model)
@@ -134,15 +135,12 @@ class Run:
             finally:
                 self.checkpoints.join()
             self.checkpoints.wait()
-        # A gloo thread lets go of the last step's tensors under Python's lock. Let it do so now:
-        # the process group waits for it, with that lock in its hands, when this function ends.
-        accelerator.wait_for_everyone()
+        if not stopped:
+            self.finish(model)
+        leave(accelerator)
         if stopped:
             accelerator.print(f"stopped: the same command continues {config.run_dir}")
-            accelerator.end_training()
             sys.exit(STOPPED)
-        self.finish(model)
-        accelerator.end_training()
 
     def steps(self) -> bool:
         """Take every step that is left. Returns whether a signal stopped it before the last."""
@@ -268,7 +266,6 @@ class Run:
                 shutil.rmtree(directory, ignore_errors=True)
                 with staged_directory(directory) as staged:
                     self.program.finish(staged, accelerator.device)
-        accelerator.wait_for_everyone()
         accelerator.print(f"finished: {directory}")
 
 

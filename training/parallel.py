@@ -190,6 +190,17 @@ def agreed(accelerator: Accelerator, value: T) -> T:
     return values[0]
 
 
+def leave(accelerator: Accelerator) -> None:
+    """End the processes' work together; every process calls it last, and trackers end here too.
+
+    A gloo thread lets go of the last collective's tensors under Python's lock. While a process
+    waits for the others that lock is free; without the wait the process group's end would wait for
+    the thread with the lock in its hands, or Python's end would abort the process.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def means(accelerator: Accelerator, sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """(sum, count) over each process's share -> means over all of them, on every process."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64).reshape(-1, 2)

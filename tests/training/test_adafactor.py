@@ -111,6 +111,7 @@ for name in ("matrix", "kernel", "bias"):
         made[f"{name}.{key}"] = value.contiguous()
 if rank == 1:
     save_file(made, folder / "made.safetensors")
+dist.barrier()  # gloo's threads let go of the last tensors while Python waits, not while it ends
 dist.destroy_process_group()
 """
 

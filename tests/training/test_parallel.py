@@ -172,7 +172,7 @@ def launch(
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(600)
         assert child.exitcode == status
     return folder / f"step-{numbers.stop:06d}"
 

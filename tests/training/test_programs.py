@@ -66,6 +66,11 @@ def test_two_processes_make_the_cache_of_one(two: Any) -> None:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=2e-3, rtol=2e-3)
 
 
+def test_two_processes_leave_a_finished_run_alone(two: Any) -> None:
+    printed = printed_by(launch("training.clip", two.arguments("clip")))
+    assert printed.count("is finished") == 1
+
+
 @pytest.mark.parametrize("program", ["autoencoder", "clip", "diffusion"])
 def test_two_processes_train_as_one_does(two: Any, program: str) -> None:
     """But for rounding, which Adam enlarges where a gradient is nearly zero."""
