@@ -161,13 +161,14 @@ class TextToImage:
             batch_size: pictures that are made together; no picture depends on it.
             progress: show a bar on stderr.
             height, width: in pixels; by default the size the model was trained at.
-            num_inference_steps: 25 by default, at most the training schedule's length; heun, dpm2
-                and dpmpp_sde call the U-Net twice a step.
+            num_inference_steps: 25 by default, 4 for latent consistency models, at most the
+                training schedule's length; heun, dpm2 and dpmpp_sde call the U-Net twice a step.
             guidance_scale: w of Ho & Salimans (2022) in uncond + w * (cond - uncond). 1 turns
-                guidance off, and the negative prompt with it. By default 5 (SDXL), 7.5 (SD) or,
-                for models of emoji scenes, 3.
-            sampler: a name in diffusion.samplers.SAMPLERS, by default "ddim" or, for models of
-                emoji scenes, "ddpm"; eta: its stochasticity, where it has one.
+                guidance off, and the negative prompt with it. By default 5 (SDXL), 7.5 (SD), 3 for
+                models of emoji scenes, or 1 where guidance was distilled into the weights.
+            sampler: a name in diffusion.samplers.SAMPLERS, by default "ddim", "ddpm" for models of
+                emoji scenes, or "lcm" for latent consistency models; eta: its stochasticity,
+                where it has one.
             spacing: of the noise levels: "trailing", "leading", "linspace", "karras" or
                 "exponential"; by default the model's.
             guidance: "cfg" or "apg", adaptive projected guidance (Sadat et al. 2024).

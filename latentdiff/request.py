@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError
+from latentdiff.scheduler_config import LCM
 
 if TYPE_CHECKING:
     from latentdiff.checkpoint import ModelParts
@@ -69,7 +70,7 @@ def read_settings(
     from_image: bool,
     height: int | None = None,
     width: int | None = None,
-    num_inference_steps: int = 25,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
     guidance: str = "cfg",
@@ -95,6 +96,8 @@ def read_settings(
     height = check_side(height, "height", default, factor)
     width = check_side(width, "width", default, factor)
     most = parts.scheduler_config.num_train_timesteps
+    if num_inference_steps is None:
+        num_inference_steps = default_steps(parts)
     steps = whole_number(num_inference_steps, "num_inference_steps", 1, most)
     if guidance_scale is None:
         guidance_scale = default_guidance_scale(parts)
@@ -163,18 +166,35 @@ def read_settings(
     )
 
 
+def default_steps(parts: ModelParts) -> int:
+    """4 for models distilled to draw in few, else 25."""
+    return 4 if draws_in_few_steps(parts) else 25
+
+
 def default_sampler(parts: ModelParts) -> str:
-    """ddpm for the bundled model's kind, whose fresh noise undoes what began in two places; else
-    ddim.
+    """lcm for models distilled for it; ddpm for the bundled model's kind, whose fresh noise undoes
+    what began in two places; else ddim.
     """
+    if draws_in_few_steps(parts):
+        return "lcm"
     return "ddim" if parts.vocabulary is None else "ddpm"
 
 
 def default_guidance_scale(parts: ModelParts) -> float:
-    """3 for the bundled model's kind, and what people use: 5 for SDXL, 7.5 for Stable Diffusion."""
+    """3 for the bundled model's kind, and what people use: 5 for SDXL, 7.5 for Stable Diffusion.
+
+    1 where the guidance is in the weights.
+    """
+    if draws_in_few_steps(parts) and not is_distilled(parts):
+        return 1.0
     if parts.vocabulary is not None:
         return 3.0
     return 5.0 if is_sdxl(parts) else 7.5
+
+
+def draws_in_few_steps(parts: ModelParts) -> bool:
+    """Whether it is a latent consistency model (Luo et al. 2023), as its scheduler says."""
+    return parts.scheduler_config.class_name == LCM
 
 
 def is_sdxl(parts: ModelParts) -> bool:

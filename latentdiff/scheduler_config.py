@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from latentdiff.diffusion.parameterization import Parameterization
     from latentdiff.diffusion.schedule import Schedule, Spacing
 
+LCM = "LCMScheduler"
+"""What latent consistency models name, which draw in a few steps (Luo et al. 2023)."""
+
 TimestepSpacing = Literal["trailing", "leading", "linspace"]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "DDPMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
     "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
-    "LCMScheduler": {"timestep_spacing": "trailing"},
+    LCM: {"timestep_spacing": "trailing"},
     "EulerDiscreteScheduler": {"timestep_spacing": "linspace"},
     "EulerAncestralDiscreteScheduler": {"timestep_spacing": "linspace"},
     "HeunDiscreteScheduler": {"timestep_spacing": "linspace"},
@@ -70,6 +73,7 @@ class SchedulerConfig(Config):
     """The training noise schedule and the timesteps to sample at, in diffusers' names.
 
     The class a file names is only its author's favourite sampler; any sampler runs on any of them.
+    But LCM's says that the model was distilled for it, and so decides what `generate` does unasked.
     """
 
     class_name: str = "DDIMScheduler"
@@ -173,7 +177,7 @@ def parse_scheduler(values: dict[str, Any], path: Path) -> SchedulerConfig:
     if name not in DEFAULTS:
         raise InputError(f"{path}: a {name} is not supported; use one of {', '.join(DEFAULTS)}.")
     values = {**DEFAULTS[name], **{key: v for key, v in values.items() if v is not None}}
-    if name == "LCMScheduler":  # whatever it says of timestep_spacing, it visits these
+    if name == LCM:  # whatever it says of timestep_spacing, it visits these
         values |= DEFAULTS[name]
     for key, neutral in NEUTRAL.items():
         if values.get(key) not in (None, *neutral):

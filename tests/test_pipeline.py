@@ -315,6 +315,23 @@ def test_a_model_distilled_with_its_guidance_runs_once_a_step(tiny_parts: ModelP
         model.generate("fox", guidance="apg", **settings)
 
 
+@pytest.mark.parametrize(("reads_guidance", "scale"), [(False, 1.0), (True, 7.5)])
+def test_a_latent_consistency_model_draws_in_four_steps_unasked(
+    tiny_parts: ModelParts, reads_guidance: bool, scale: float
+) -> None:
+    """Guidance is in its weights: once and for all, or as a scale that the U-Net reads."""
+    width = {"time_cond_proj_dim": 32} if reads_guidance else {}
+    named = {"class_name": "LCMScheduler", "timestep_spacing": "trailing"}
+    parts = dataclasses.replace(
+        tiny_parts,
+        unet=UNet(tiny_parts.unet.config.model_copy(update=width)).eval(),
+        scheduler_config=tiny_parts.scheduler_config.model_copy(update=named),
+    )
+    recipe = recipe_of(TextToImage(parts).generate("fox", seed=1))
+    assert (recipe.sampler, recipe.num_inference_steps) == ("lcm", 4)
+    assert recipe.guidance_scale == scale
+
+
 def test_touches_nothing_global(tiny: TextToImage) -> None:
     before = torch.get_rng_state()
     tiny.generate("fox", num_inference_steps=2, sampler="ddpm")

@@ -73,7 +73,7 @@ def check_captions(context: Context) -> Iterator[Finding]:
         abs(share - asked) > spread,
         f"caption_dropout is {asked:g}; of the first {count} captions {share:.1%} are dropped.",
     )
-    if asked == 0:
+    if asked == 0 and config.distillation is None:
         yield Finding("warning", "No caption is dropped: classifier-free guidance will not work.")
 
 

@@ -28,6 +28,7 @@ from latentdiff.pipeline import TextToImage
 from training.assemble import PartsConfig, assemble
 from training.config import StepLosses
 from training.data import launched, planned_orders, prefetch
+from training.distillation import Distillation, DistillationConfig, for_few_steps
 from training.encoder import tensors_digest
 from training.evaluation import BestConfig, Evaluations
 from training.latents import Batch, CachedLatents, Latents, LiveConfig, LiveLatents
@@ -71,6 +72,9 @@ class DiffusionConfig(PartsConfig):
     """Train a LoRA of this shape and nothing else; everything by default."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The loss and what is drawn for it."""
+    distillation: DistillationConfig | None = None
+    """Learn to draw in a few steps from the model in init_from, in place of the objective's loss:
+    of the objective only timesteps and caption_dropout are read. None by default."""
     sample_prompts: tuple[str, ...] = Field(min_length=1)
     """What the sample grids show."""
     sample_guidance_scale: float | None = Field(default=None, ge=1)
@@ -85,6 +89,19 @@ class DiffusionConfig(PartsConfig):
     def _one_source(self) -> DiffusionConfig:
         if (self.cache is None) == (self.images is None):
             raise ValueError("name either a cache or images to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _distilled(self) -> DiffusionConfig:
+        if self.distillation is None:
+            return self
+        if self.init_from is None:
+            raise ValueError("distillation needs the teacher in init_from")
+        if self.train_text_encoder:
+            raise ValueError("distillation trains the U-Net; leave train_text_encoder out")
+        read = {"timesteps", "caption_dropout"}
+        if ignored := sorted(self.objective.model_dump(exclude=read, exclude_defaults=True)):
+            raise ValueError(f"distillation has a loss of its own; leave {ignored[0]} out")
         return self
 
     @model_validator(mode="after")
@@ -132,6 +149,12 @@ class DiffusionProgram:
         self.plan = Plan(config.seed, self.latents.counts, config.batch_size)
         self.removal = self.latents.removal = self.removal_from(self.latents, self.plan, RECORD)
         self.network = TextToLatents(parts, config.train_text_encoder)
+        self.distillation: Distillation | None = None
+        if config.distillation is not None:
+            self.distillation = Distillation(
+                config.distillation, parts, self.network, config.mixed_precision, config.compile
+            )
+            self.parts = parts = for_few_steps(parts)
         text, base = (
             tensors_digest(network.state_dict()) for network in (parts.text_encoder, parts.unet)
         )
@@ -143,10 +166,9 @@ class DiffusionProgram:
         for network in (parts.unet, parts.autoencoder):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.empty = self.network.tokenize("")
-        self.inputs = {
-            "latents": self.latents.digest,
-            "text encoder": text,
-        } | ({} if config.lora is None else {"U-Net": base})
+        self.inputs = {"latents": self.latents.digest, "text encoder": text}
+        if config.lora is not None or config.distillation is not None:
+            self.inputs["U-Net"] = base
 
     def open_cache(self, url: str, seed: int) -> CachedLatents:
         config = self.config
@@ -194,14 +216,17 @@ class DiffusionProgram:
         ids = torch.where(dropped[:, None, None], self.empty, batch.ids)
         text = Text(ids.to(device), batch.sizes.to(device), dropped.to(device))
         denoiser = Denoiser(forward, self.parts.schedule, self.parts.parameterization)
-        loss, timestep = objective.losses(denoiser, x0, batch.draw, text)
+        if self.distillation is None:
+            loss, timestep = objective.losses(denoiser, x0, batch.draw, text)
+        else:
+            loss, timestep = self.distillation.losses(denoiser, x0, objective, batch.draw, text)
         return loss, timestep / len(self.parts.schedule)
 
     def validation(
         self, forward: Callable[..., Any], device: torch.device, share: Share
     ) -> tuple[float, int] | None:
-        """The plain loss on held-out samples with their captions, noise and timesteps being the
-        same each time: whole batches of them, validation_samples or some more.
+        """The loss, without weights, on held-out samples with their captions, noise and timesteps
+        being the same each time: whole batches of them, validation_samples or some more.
         """
         if self.held_out is None:
             return None

@@ -51,6 +51,10 @@ class ObjectiveConfig(Config):
         """Whose caption is replaced by the empty one, [B]: Ho & Salimans (2022), Algorithm 1."""
         return draw("caption", None) < self.caption_dropout
 
+    def timestep(self, draw: Draw, schedule: Schedule) -> Tensor:
+        """The timestep of each sample, [B], int64."""
+        return timesteps(draw("timestep", None), len(schedule), self.timesteps)
+
     def losses(
         self, denoiser: Denoiser, x0: Tensor, draw: Draw, cond: Any
     ) -> tuple[Tensor, Tensor]:
@@ -60,7 +64,7 @@ class ObjectiveConfig(Config):
         "noise" and, where configured, "offset" and "perturbation".
         """
         schedule, shape = denoiser.schedule, tuple(x0.shape[1:])
-        timestep = timesteps(draw("timestep", None), len(schedule), self.timesteps)
+        timestep = self.timestep(draw, schedule)
         noise = draw("noise", shape)
         if self.offset_noise:
             offset = draw("offset", (shape[0], *(1 for _ in shape[1:])))

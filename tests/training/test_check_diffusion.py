@@ -16,6 +16,7 @@ from latentdiff.rng import keyed_normal
 from tests.training.checked import context, run_config
 from training import check_diffusion
 from training.check import Finding
+from training.distillation import DistillationConfig
 from training.objective import ObjectiveConfig
 
 
@@ -72,14 +73,21 @@ def test_caption_dropout_is_measured(dropout: float, measured: float, expected: 
         def dropped(self, draw: Any) -> Tensor:
             return draw("caption", None) < measured
 
-    config = run_config(objective=Objective(caption_dropout=dropout))
+    config = run_config(objective=Objective(caption_dropout=dropout), distillation=None)
     latents = SimpleNamespace(cut=(0.05, 77))
     found = levels(check_diffusion.check_captions(context(config, latents=latents)))
     assert found == ["ok", *expected]
 
 
+def test_a_student_needs_no_dropout() -> None:
+    objective, distillation = ObjectiveConfig(caption_dropout=0), DistillationConfig()
+    config = run_config(objective=objective, distillation=distillation)
+    latents = SimpleNamespace(cut=(0.05, 77))
+    assert levels(check_diffusion.check_captions(context(config, latents=latents))) == ["ok", "ok"]
+
+
 def test_captions_that_are_cut_are_counted() -> None:
-    config = run_config(objective=ObjectiveConfig())
+    config = run_config(objective=ObjectiveConfig(), distillation=None)
     latents = SimpleNamespace(cut=(0.15, 77))
     first, _ = check_diffusion.check_captions(context(config, latents=latents))
     assert first.level == "warning"

@@ -46,6 +46,9 @@ class Runs:
         if name.startswith("measured"):
             options |= {"evaluate_every": STEPS, "evaluation": self.root / "protocol.yaml"}
             options |= {"best__figure": "features.clip.clip_score"}
+        if name.startswith("distilled"):
+            options |= {"init_from": self.root / "teacher", "distillation__steps": 10}
+            options |= {"objective__min_snr_gamma": "null"}
         return options | {"validation_cache": self.chain.run_dir("cache_latents")}
 
     def arguments(self, name: str) -> list[str]:
@@ -124,6 +127,15 @@ def test_shards_are_replicas(runs: Runs) -> None:
         torch.testing.assert_close(value, theirs.unet.state_dict()[name], atol=1e-3, rtol=1e-3)
     grid = Path("samples", "step-000012.png")
     assert (runs.root / "shards" / grid).is_file()
+
+
+def test_distillation_on_two_processes_and_in_shards_is_that_of_one(runs: Runs) -> None:
+    shutil.copytree(runs.root / "one" / "model", runs.root / "teacher")
+    runs.alone("distilled")
+    runs.together("distilled by two", 2)
+    runs.check_like("distilled by two", "distilled")
+    runs.together("distilled in shards", 2, **SHARDS)
+    runs.check_like("distilled in shards", "distilled")
 
 
 @pytest.fixture(scope="module")

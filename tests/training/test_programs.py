@@ -97,6 +97,7 @@ class Killed(BaseException):
         ("autoencoder", {"scenes": "null"}),  # pictures of files, three steps an epoch
         ("clip", {}),
         ("diffusion", {}),
+        ("diffusion", {"distillation__steps": 10, "objective__min_snr_gamma": "null"}),
     ],
 )
 def test_a_program_twice_and_resumed_gives_the_same_bytes(
@@ -106,6 +107,9 @@ def test_a_program_twice_and_resumed_gives_the_same_bytes(
     if "scenes" in options:
         source = {"type": "folder", "path": str(folder)}
         few["pictures"] = json.dumps({"source": source, "held_out": source, "resolution": 32})
+    if "distillation__steps" in options:
+        few["init_from"] = tmp_path / "teacher"
+        tiny_chain.program("diffusion").finish(few["init_from"], torch.device("cpu"))
 
     def run(name: str, stop: int | None) -> None:
         made = tiny_chain.program(program, run_dir=tmp_path / name, **few)
