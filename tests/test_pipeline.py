@@ -315,7 +315,7 @@ def test_a_model_distilled_with_its_guidance_runs_once_a_step(tiny_parts: ModelP
         model.generate("fox", guidance="apg", **settings)
 
 
-@pytest.mark.parametrize(("reads_guidance", "scale"), [(False, 1.0), (True, 7.5)])
+@pytest.mark.parametrize(("reads_guidance", "scale"), [(False, 1.0), (True, 3.0)])
 def test_a_latent_consistency_model_draws_in_four_steps_unasked(
     tiny_parts: ModelParts, reads_guidance: bool, scale: float
 ) -> None:
