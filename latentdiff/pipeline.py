@@ -40,7 +40,7 @@ from latentdiff.request import (
     MAX_PICTURES,
     Picture,
     Settings,
-    is_distilled,
+    guidance_is_inside,
     read_pictures,
     read_settings,
     whole_number,
@@ -161,11 +161,12 @@ class TextToImage:
             batch_size: pictures that are made together; no picture depends on it.
             progress: show a bar on stderr.
             height, width: in pixels; by default the size the model was trained at.
-            num_inference_steps: 25 by default, 4 for latent consistency models, at most the
-                training schedule's length; heun, dpm2 and dpmpp_sde call the U-Net twice a step.
+            num_inference_steps: 25 by default, or 4 for latent consistency models and from an image
+                as many as leave 4; at most the training schedule's length. heun, dpm2 and dpmpp_sde
+                call the U-Net twice a step.
             guidance_scale: w of Ho & Salimans (2022) in uncond + w * (cond - uncond). 1 turns
                 guidance off, and the negative prompt with it. By default 5 (SDXL), 7.5 (SD), 3 for
-                models of emoji scenes, or 1 where guidance was distilled into the weights.
+                models of emoji scenes, or 1 for latent consistency models that read no scale.
             sampler: a name in diffusion.samplers.SAMPLERS, by default "ddim", "ddpm" for models of
                 emoji scenes, or "lcm" for latent consistency models; eta: its stochasticity,
                 where it has one.
@@ -239,7 +240,8 @@ class TextToImage:
             settings |= sizes
         asked = read_settings(self.parts, from_image=start is not None, **settings)
         pictures = read_pictures(prompt, negative_prompt, seed, num_images_per_prompt)
-        if is_distilled(self.parts) and any(picture.negative_prompt for picture in pictures):
+        inside = guidance_is_inside(self.parts, asked.guidance_scale)
+        if inside and any(picture.negative_prompt for picture in pictures):
             raise InputError(
                 "This model was distilled with its guidance; leave negative_prompt out."
             )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import InputError
-from latentdiff.scheduler_config import LCM
 
 if TYPE_CHECKING:
     from latentdiff.checkpoint import ModelParts
@@ -97,7 +96,7 @@ def read_settings(
     width = check_side(width, "width", default, factor)
     most = parts.scheduler_config.num_train_timesteps
     if num_inference_steps is None:
-        num_inference_steps = default_steps(parts)
+        num_inference_steps = default_steps(parts, 1.0 if strength is None else strength)
     steps = whole_number(num_inference_steps, "num_inference_steps", 1, most)
     if guidance_scale is None:
         guidance_scale = default_guidance_scale(parts)
@@ -114,7 +113,8 @@ def read_settings(
     if clip_skip is not None:
         clip_skip = whole_number(clip_skip, "clip_skip", 0, 64)
         parts.text_encoder.check_clip_skip(clip_skip)
-    if is_distilled(parts) and (rescale or guidance != "cfg" or guidance_interval is not None):
+    further = rescale or guidance != "cfg" or guidance_interval is not None
+    if guidance_is_inside(parts, guidance_scale) and further:
         raise InputError(
             "This model was distilled with its guidance; it has a guidance_scale alone."
         )
@@ -166,9 +166,17 @@ def read_settings(
     )
 
 
-def default_steps(parts: ModelParts) -> int:
-    """4 for models distilled to draw in few, else 25."""
-    return 4 if draws_in_few_steps(parts) else 25
+FEW_STEPS = 4
+"""What latent consistency models draw in."""
+
+
+def default_steps(parts: ModelParts, strength: Any) -> int:
+    """25; of models distilled to draw in few as many as leave 4 of `strength`, if that is one."""
+    if not draws_in_few_steps(parts):
+        return 25
+    share = number(strength, "strength", 0, 1)
+    most = parts.scheduler_config.num_train_timesteps
+    return min(math.ceil(FEW_STEPS / max(share, FEW_STEPS / most)), most)
 
 
 def default_sampler(parts: ModelParts) -> str:
@@ -194,6 +202,8 @@ def default_guidance_scale(parts: ModelParts) -> float:
 
 def draws_in_few_steps(parts: ModelParts) -> bool:
     """Whether it is a latent consistency model (Luo et al. 2023), as its scheduler says."""
+    from latentdiff.scheduler_config import LCM
+
     return parts.scheduler_config.class_name == LCM
 
 
@@ -205,6 +215,11 @@ def is_sdxl(parts: ModelParts) -> bool:
 def is_distilled(parts: ModelParts) -> bool:
     """Whether the U-Net reads the guidance scale (Luo et al. 2023) and so runs once a step."""
     return parts.unet.config.time_cond_proj_dim is not None
+
+
+def guidance_is_inside(parts: ModelParts, guidance_scale: float) -> bool:
+    """Whether the U-Net's weights guide by themselves, so that nothing else can."""
+    return is_distilled(parts) or (draws_in_few_steps(parts) and guidance_scale == 1)
 
 
 def _refuse(whose: str, **given: Any) -> None:

@@ -315,21 +315,38 @@ def test_a_model_distilled_with_its_guidance_runs_once_a_step(tiny_parts: ModelP
         model.generate("fox", guidance="apg", **settings)
 
 
-@pytest.mark.parametrize(("reads_guidance", "scale"), [(False, 1.0), (True, 3.0)])
-def test_a_latent_consistency_model_draws_in_four_steps_unasked(
-    tiny_parts: ModelParts, reads_guidance: bool, scale: float
-) -> None:
-    """Guidance is in its weights: once and for all, or as a scale that the U-Net reads."""
-    width = {"time_cond_proj_dim": 32} if reads_guidance else {}
+@pytest.fixture
+def consistency_parts(tiny_parts: ModelParts) -> ModelParts:
+    """As a latent consistency model with one scale of guidance in its weights."""
     named = {"class_name": "LCMScheduler", "timestep_spacing": "trailing"}
-    parts = dataclasses.replace(
-        tiny_parts,
-        unet=UNet(tiny_parts.unet.config.model_copy(update=width)).eval(),
-        scheduler_config=tiny_parts.scheduler_config.model_copy(update=named),
-    )
-    recipe = recipe_of(TextToImage(parts).generate("fox", seed=1))
+    config = tiny_parts.scheduler_config.model_copy(update=named)
+    return dataclasses.replace(tiny_parts, scheduler_config=config)
+
+
+def test_a_latent_consistency_model_draws_in_four_steps_unasked(
+    consistency_parts: ModelParts,
+) -> None:
+    model = TextToImage(consistency_parts)
+    recipe = recipe_of(model.generate("fox", seed=1))
     assert (recipe.sampler, recipe.num_inference_steps) == ("lcm", 4)
-    assert recipe.guidance_scale == scale
+    assert recipe.guidance_scale == 1
+    start = Image.new("RGB", (64, 64), "red")
+    for strength, steps in ((1.0, 4), (0.6, 7), (0.3, 14), (0.004, 1000), (0.001, 1000)):
+        recipe = recipe_of(model.generate("fox", seed=1, image=start, strength=strength))
+        assert recipe.num_inference_steps == steps
+    for options in ({"negative_prompt": "dark"}, {"guidance": "apg"}, {"guidance_rescale": 0.5}):
+        with pytest.raises(InputError, match="distilled with its guidance"):
+            model.generate("fox", **options)
+        model.generate("fox", guidance_scale=1.5, **options)
+
+
+def test_one_that_reads_the_scale_keeps_its_models_default(consistency_parts: ModelParts) -> None:
+    config = consistency_parts.unet.config.model_copy(update={"time_cond_proj_dim": 32})
+    with torch.random.fork_rng():
+        unet = UNet(config).eval()
+    parts = dataclasses.replace(consistency_parts, unet=unet, vocabulary=None)
+    recipe = recipe_of(TextToImage(parts).generate("fox", seed=1))
+    assert (recipe.num_inference_steps, recipe.guidance_scale) == (4, 7.5)
 
 
 def test_touches_nothing_global(tiny: TextToImage) -> None:

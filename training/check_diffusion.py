@@ -73,12 +73,14 @@ def check_captions(context: Context) -> Iterator[Finding]:
         abs(share - asked) > spread,
         f"caption_dropout is {asked:g}; of the first {count} captions {share:.1%} are dropped.",
     )
-    if asked == 0 and config.distillation is None:
+    if asked == 0 and context.program.config.distillation is None:
         yield Finding("warning", "No caption is dropped: classifier-free guidance will not work.")
 
 
 def check_loss_weights(context: Context) -> Iterator[Finding]:
-    """Finite and positive at each timestep."""
+    """Finite and positive at each timestep; a student's loss has others."""
+    if context.program.config.distillation is not None:
+        return
     parts, objective = context.program.parts, context.program.config.objective
     weights = objective.weights(parts.schedule, parts.parameterization)
     wrong = (~(weights.isfinite() & (weights > 0))).nonzero().flatten().tolist()

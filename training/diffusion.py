@@ -99,6 +99,9 @@ class DiffusionConfig(PartsConfig):
             raise ValueError("distillation needs the teacher in init_from")
         if self.train_text_encoder:
             raise ValueError("distillation trains the U-Net; leave train_text_encoder out")
+        for name in ("scheduler", "text_encoder"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"distillation keeps its teacher's {name}; leave {name} out")
         read = {"timesteps", "caption_dropout"}
         if ignored := sorted(self.objective.model_dump(exclude=read, exclude_defaults=True)):
             raise ValueError(f"distillation has a loss of its own; leave {ignored[0]} out")

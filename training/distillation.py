@@ -16,7 +16,6 @@ from latentdiff.config import Config
 from latentdiff.diffusion.consistency import consistency_loss
 from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.diffusion.guidance import ClassifierFreeGuidance
-from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import InputError
 from latentdiff.request import default_guidance_scale, draws_in_few_steps, is_distilled
 from latentdiff.scheduler_config import LCM
@@ -29,16 +28,19 @@ class DistillationConfig(Config):
     """A latent consistency model of the model in init_from."""
 
     steps: int = Field(default=50, ge=1, le=1000)
-    """Of the teacher's DDIM: the noise levels that the student learns at."""
+    """Of the teacher's DDIM: how far apart the two noise levels are at which the student agrees
+    with itself."""
     guidance_scale: float | None = Field(default=None, ge=1)
-    """The teacher's, which the student draws with at 1; by default what `generate` takes."""
+    """The teacher's; it goes into the student's weights, which draw with 1. By default what
+    `generate` takes."""
 
 
 class Distillation:
     """The teacher, and what is learned from it.
 
-    The teacher's U-Net is another copy of the model's, whole on each device, in the arithmetic of
-    mixed_precision; its text encoder is the student's.
+    The teacher's U-Net is another copy of the model's, whole on each device, its weights too in the
+    precision of the student's arithmetic; its text encoder is the student's, in fp32. The log's MFU
+    counts what the student computes alone.
     """
 
     def __init__(
@@ -57,7 +59,13 @@ class Distillation:
                 f"{parts.name} is a rectified flow; models of few steps are distilled from those "
                 "that predict the noise, the velocity or the sample."
             )
+        if config.steps > len(parts.schedule):
+            raise InputError(
+                f"distillation.steps is {config.steps}, but {parts.name} has "
+                f"{len(parts.schedule)} timesteps; take fewer."
+            )
         self.parts, self.network = parts, network
+        self.stride = len(parts.schedule) // config.steps
         self.dtype = DTYPES[mixed_precision]
         self.unet = copy.deepcopy(parts.unet).requires_grad_(False).eval()
         self.unet.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -66,25 +74,29 @@ class Distillation:
             self.forward = torch.compile(self.forward)
         given = config.guidance_scale
         self.guidance_scale = default_guidance_scale(parts) if given is None else given
-        self.levels = levels(parts.schedule, config.steps)
         self.empty = network.tokenize("")
 
     def teacher(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
         """The guided denoised [B, C, h, w] of x [B, C, h, w] at sigma [B], fp32."""
         self.unet.to(x.device)
-        nothing = self.empty.to(text.ids).expand_as(text.ids)
+        first = torch.ones_like(text.dropped[:1])
         hidden, pooled = self.network.encode(
             Text(
-                torch.cat([nothing, text.ids]),
-                torch.cat([text.sizes, text.sizes]),
-                torch.cat([torch.ones_like(text.dropped), text.dropped]),
+                torch.cat([self.empty[None].to(text.ids), text.ids]),
+                torch.cat([text.sizes[:1], text.sizes]),
+                torch.cat([first, text.dropped]),
             )
         )
-        sizes = None if pooled is None else torch.cat([text.sizes, text.sizes]).to(self.dtype)
-        pooled = None if pooled is None else pooled.to(self.dtype)
-        cond = self.unet.condition(hidden.to(self.dtype), pooled, sizes)
+        sizes = None if pooled is None else torch.cat([text.sizes, text.sizes]).to(x)
+        pooled = None if pooled is None else self.both(pooled)
+        cond = self.unet.condition(self.both(hidden), pooled, sizes)
         denoiser = Denoiser(self.predict, self.parts.schedule, self.parts.parameterization)
         return ClassifierFreeGuidance(denoiser, self.guidance_scale)(x, sigma, cond)
+
+    def both(self, encoded: Tensor) -> Tensor:
+        """[1 + B, ...] of the empty caption and B others -> [2B, ...], the empty ones first."""
+        nothing, captions = encoded[:1], encoded[1:]
+        return torch.cat([nothing.expand_as(captions), captions]).to(self.dtype)
 
     def predict(self, x: Tensor, timestep: Tensor, cond: Any) -> Tensor:
         """The teacher's U-Net, whatever x's dtype."""
@@ -100,19 +112,15 @@ class Distillation:
         return consistency_loss(student, self.teacher, x0, sigma, following, noise, text), timestep
 
     def step_from(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise levels [B] between which the teacher's step lies that timestep [B] is in."""
-        sigma = self.parts.schedule.sigmas[timestep]
-        index = torch.searchsorted(self.levels, sigma).clamp(1, len(self.levels) - 1)
-        return self.levels[index], self.levels[index - 1]
+        """The noise levels [B] between which the teacher steps from timestep [B]: at last to 0."""
+        sigmas, before = self.parts.schedule.sigmas, timestep - self.stride
+        following = torch.where(before >= 0, sigmas[before.clamp(min=0)], 0.0)
+        return sigmas[timestep], following
 
 
 def for_few_steps(parts: ModelParts) -> ModelParts:
     """The parts as a latent consistency model's: what draws with them takes `lcm` and few steps."""
     named = {"class_name": LCM, "timestep_spacing": "trailing"}
-    config = parts.scheduler_config.model_copy(update=named)
+    levels = {"use_karras_sigmas": False, "use_exponential_sigmas": False}
+    config = parts.scheduler_config.model_copy(update=named | levels)
     return dataclasses.replace(parts, scheduler_config=config)
-
-
-def levels(schedule: Schedule, steps: int) -> Tensor:
-    """The teacher's noise levels [steps + 1], ascending from 0: DDIM's, trailing."""
-    return schedule.sampling_sigmas(steps, "trailing").flip(0).contiguous()

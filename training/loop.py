@@ -137,9 +137,10 @@ class Run:
             self.checkpoints.wait()
         if not stopped:
             self.finish(model)
+        else:
+            accelerator.print(f"stopped: the same command continues {config.run_dir}")
         leave(accelerator)
         if stopped:
-            accelerator.print(f"stopped: the same command continues {config.run_dir}")
             sys.exit(STOPPED)
 
     def steps(self) -> bool:

@@ -25,10 +25,11 @@ def consistency_loss(
 ) -> Tensor:
     """Distance between the student's estimates at both ends of a step of its teacher, [B], fp32.
 
-    One gradient step on it is Algorithm 1 of Luo et al. (2023), with the student itself, without
-    gradient, for its average (Song & Dhariwal 2023, section 3.2). The consistency function f is the
-    student's D wherever there is noise, as the sampler `lcm` takes it, and f(x, 0) = x. Nothing is
-    drawn here.
+    Line 6 to 9 of Algorithm 1 of Luo et al. (2023), but that the teacher's guidance is one and not
+    drawn, and that the target is the student's own without gradient and not its average's, with the
+    distance and the weight 1 / (sigma - following) that Song & Dhariwal (2023) found for
+    consistency training without a teacher. The consistency function f is the student's D wherever
+    there is noise, as the sampler `lcm` takes it, and f(x, 0) = x. Nothing is drawn here.
 
     Args:
         student: D(x, sigma, cond), differentiable.
@@ -46,7 +47,7 @@ def consistency_loss(
         noisy = following > 0
         target = student(earlier, torch.where(noisy, following, sigma), cond)
         target = torch.where(like(noisy, x), target, earlier)
-    return pseudo_huber(student(x, sigma, cond), target)
+    return pseudo_huber(student(x, sigma, cond), target) / (sigma - following)
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:

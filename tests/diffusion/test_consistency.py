@@ -77,7 +77,7 @@ def test_a_step_is_diffusers_ddim_and_the_target_the_students_estimate_after_it(
         target = estimate(earlier, t - 20, row) if t > 19 else earlier
         distance = (estimate(x_t, t, row) - target).square().sum()
         c = 0.00054 * math.sqrt(x0[0].numel())
-        expected.append((distance + c**2).sqrt() - c)
+        expected.append(((distance + c**2).sqrt() - c) / (SCHEDULE.sigmas[t] - following[index]))
     assert_close(ours, torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def loss_of_the_true_function(steps: int) -> float:
     following = following[None].expand(256)
     x0, noise = STD * draw(0, 256, 1, 4, 4), draw(1, 256, 1, 4, 4)
     losses = consistency_loss(end_of_the_flow, gaussian, x0, sigma, following, noise, None)
-    c = HUBER * 4
+    losses, c = losses * (sigma - following), HUBER * 4
     return float(((losses + c) ** 2 - c**2).clamp(min=0).sqrt().mean())
 
 
@@ -130,6 +130,7 @@ def test_gradients_come_from_the_noisy_end_alone() -> None:
         gaussian(x, sigma, None) + 2 / 3 * (x - gaussian(x, sigma, None)), following, None
     )
     own = gain * gaussian(x, sigma, None)
+    # sigma - following is 1
     (expected,) = torch.autograd.grad(pseudo_huber(own, target.detach()).sum(), gain)
     assert_close(gain.grad, expected)
 

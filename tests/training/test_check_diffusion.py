@@ -83,7 +83,9 @@ def test_a_student_needs_no_dropout() -> None:
     objective, distillation = ObjectiveConfig(caption_dropout=0), DistillationConfig()
     config = run_config(objective=objective, distillation=distillation)
     latents = SimpleNamespace(cut=(0.05, 77))
-    assert levels(check_diffusion.check_captions(context(config, latents=latents))) == ["ok", "ok"]
+    looked_at = context(config, latents=latents)
+    assert levels(check_diffusion.check_captions(looked_at)) == ["ok", "ok"]
+    assert levels(check_diffusion.check_loss_weights(looked_at)) == []
 
 
 def test_captions_that_are_cut_are_counted() -> None:
@@ -104,11 +106,11 @@ def test_loss_weights_must_be_finite_and_positive(bad: float) -> None:
 
     schedule = Schedule.scaled_linear(0.00085, 0.012, 1000)
     parts = SimpleNamespace(schedule=schedule, parameterization=PARAMETERIZATIONS["epsilon"])
-    good = context(run_config(objective=ObjectiveConfig(min_snr_gamma=5)), parts=parts)
+    config = run_config(objective=ObjectiveConfig(min_snr_gamma=5), distillation=None)
+    good = context(config, parts=parts)
     assert levels(check_diffusion.check_loss_weights(good)) == ["ok"]
-    (finding,) = check_diffusion.check_loss_weights(
-        context(run_config(objective=Objective(min_snr_gamma=5)), parts=parts)
-    )
+    config = run_config(objective=Objective(min_snr_gamma=5), distillation=None)
+    (finding,) = check_diffusion.check_loss_weights(context(config, parts=parts))
     assert finding.level == "FAIL"
     assert "at timestep 997" in finding.sentence
     assert "at 1 of 1000" in finding.sentence

@@ -22,7 +22,7 @@ from latentdiff.recipe import Recipe, recipe_from_json
 from latentdiff.scheduler_config import SchedulerConfig
 from training.config import seeded
 from training.diffusion import LORA_FILE
-from training.distillation import Distillation, DistillationConfig, levels
+from training.distillation import Distillation, DistillationConfig
 from training.network import Text
 
 CPU = torch.device("cpu")
@@ -44,7 +44,8 @@ def teacher(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student(tiny_chain: Any, teacher: Path, **options: Any) -> Any:
-    made = {"init_from": teacher, "distillation__steps": 10, "objective__min_snr_gamma": "null"}
+    made = {"init_from": teacher, "scheduler": "null", "text_encoder": "null"}
+    made |= {"distillation__steps": 10, "objective__min_snr_gamma": "null"}
     return tiny_chain.program("diffusion", **(made | options))
 
 
@@ -55,7 +56,10 @@ def recipe_of(model: TextToImage) -> Recipe:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 50, 1000])
-def test_the_levels_are_those_of_diffusers_ddim(steps: int) -> None:
+def test_the_teachers_steps_are_those_of_diffusers_ddim(
+    tiny_chain: Any, teacher: Path, steps: int
+) -> None:
+    """From its timesteps to the next ones, and at last to no noise; from all others as far."""
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -63,17 +67,13 @@ def test_the_levels_are_those_of_diffusers_ddim(steps: int) -> None:
         timestep_spacing="trailing",
     )
     scheduler.set_timesteps(steps)
-    visited = SCHEDULE.sigmas[scheduler.timesteps].tolist()
-    assert levels(SCHEDULE, steps).tolist() == [0.0, *sorted(visited)]
-
-
-def test_every_timestep_is_in_one_step_of_the_teacher(tiny_chain: Any, teacher: Path) -> None:
-    program = student(tiny_chain, teacher)
-    sigmas = program.parts.schedule.sigmas
-    sigma, following = program.distillation.step_from(torch.arange(1000))
-    assert ((following < sigmas) & (sigmas <= sigma)).all()
-    assert sigma.unique().tolist() == program.distillation.levels[1:].tolist()
-    assert torch.bincount(torch.searchsorted(sigma.unique(), sigma)).tolist() == [100] * 10
+    distillation = student(tiny_chain, teacher, distillation__steps=steps).distillation
+    sigma, following = distillation.step_from(scheduler.timesteps)
+    assert sigma.equal(SCHEDULE.sigmas[scheduler.timesteps])
+    assert following.tolist() == [*sigma[1:].tolist(), 0.0]
+    sigma, following = distillation.step_from(torch.arange(1000))
+    assert (following < sigma).all()
+    assert int((following == 0).sum()) == 1000 // steps
 
 
 def test_the_teacher_is_the_model_under_guidance(tiny_chain: Any, teacher: Path) -> None:
@@ -153,9 +153,11 @@ def test_a_lora_of_few_steps(tiny_chain: Any, teacher: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"init_from": "null"}, "distillation needs the teacher in init_from"),
+        ({"init_from": "null"}, "or a model in init_from"),
         ({"train_text_encoder": True}, "distillation trains the U-Net"),
+        ({"scheduler": "{prediction_type: epsilon}"}, "keeps its teacher's scheduler"),
         ({"objective__min_snr_gamma": 5}, "leave min_snr_gamma out"),
+        ({"unet": "null", "distillation__steps": 1001}, "less than or equal to 1000"),
         ({"objective__offset_noise": 0.1}, "leave offset_noise out"),
     ],
 )

@@ -49,6 +49,7 @@ class Runs:
         if name.startswith("distilled"):
             options |= {"init_from": self.root / "teacher", "distillation__steps": 10}
             options |= {"objective__min_snr_gamma": "null"}
+            options |= {"scheduler": "null", "text_encoder": "null"}
         return options | {"validation_cache": self.chain.run_dir("cache_latents")}
 
     def arguments(self, name: str) -> list[str]:

@@ -108,7 +108,7 @@ def test_a_program_twice_and_resumed_gives_the_same_bytes(
         source = {"type": "folder", "path": str(folder)}
         few["pictures"] = json.dumps({"source": source, "held_out": source, "resolution": 32})
     if "distillation__steps" in options:
-        few["init_from"] = tmp_path / "teacher"
+        few |= {"init_from": tmp_path / "teacher", "scheduler": "null", "text_encoder": "null"}
         tiny_chain.program("diffusion").finish(few["init_from"], torch.device("cpu"))
 
     def run(name: str, stop: int | None) -> None:

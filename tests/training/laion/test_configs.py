@@ -19,14 +19,16 @@ from latentdiff.checkpoint import ModelParts, load_model, save_model
 from latentdiff.config import load_yaml, read_yaml
 from latentdiff.data.cache import LatentCache
 from latentdiff.data.order import Share
+from latentdiff.diffusion.denoiser import Denoiser
 from latentdiff.models.autoencoder import Autoencoder
 from latentdiff.models.text_encoder import TextEncoder, TextEncoders
 from latentdiff.models.unet import UNet, UNetConfig
 from latentdiff.scheduler_config import SchedulerConfig
 from training import cache_latents, diffusion
 from training.cache_latents import CacheConfig
-from training.diffusion import LORA_FILE, DiffusionConfig
+from training.diffusion import LORA_FILE, DiffusionConfig, DiffusionProgram
 from training.laion.config import LaionConfig
+from training.network import Text
 
 ROOT = Path(__file__).parents[3] / "configs" / "laion"
 FINE_TUNES = {
@@ -202,6 +204,47 @@ def test_a_fine_tune_takes_two_steps_in_narrow_form(
             tower_before.model.parameters(), after.towers[name_of].model.parameters(), strict=True
         ):
             assert new.equal(old.half().float())  # as it was saved
+
+
+@pytest.mark.parametrize(("precision", "close"), [("no", 1e-4), ("bf16", 0.05)])
+def test_a_student_of_sdxl_hears_what_its_teacher_hears(
+    models: Path, pictures: Path, tmp_path: Path, precision: str, close: float
+) -> None:
+    """Two text encoders, zeros for the empty caption, sizes that bf16 cannot tell apart."""
+    config = DiffusionConfig.model_validate(
+        {
+            "run_dir": tmp_path,
+            "seed": 0,
+            "max_steps": 1,
+            "batch_size": 2,
+            "checkpoint_every": 1,
+            "sample_every": 1,
+            "mixed_precision": precision,
+            "init_from": str(models / "sdxl"),
+            "images": {
+                "source": {"type": "folder", "path": pictures},
+                "sizes": {"resolution": 128, "step": 32},
+            },
+            "optimizer": {"learning_rate": 1e-3},
+            "sample_prompts": ["a fox"],
+            "distillation": {"guidance_scale": 4.0},
+        }
+    )
+    program = DiffusionProgram(config)
+    assert program.distillation is not None
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.8, 5.0])
+    sizes_of = torch.tensor([[1365, 1023, 0, 259, 1365, 1023], [771, 1365, 3, 0, 1365, 771]])
+    ids = torch.stack([program.network.tokenize(text) for text in ("a fox", "a red fox")])
+    said = Text(ids, sizes_of, torch.zeros(2, dtype=torch.bool))
+    nothing = Text(program.empty.expand_as(ids), sizes_of, torch.ones(2, dtype=torch.bool))
+    denoiser = Denoiser(program.network, program.parts.schedule, program.parts.parameterization)
+    with torch.no_grad():
+        empty, full = denoiser(x, sigma, nothing), denoiser(x, sigma, said)
+        guided = program.distillation.teacher(x, sigma, said)
+    expected = empty + 4 * (full - empty)
+    assert (full - empty).abs().max() > 0.1
+    assert (guided - expected).norm() < close * (expected - x).norm()
 
 
 @pytest.mark.parametrize("name", FINE_TUNES)
