@@ -26,10 +26,14 @@ def consistency_loss(
     """Distance between the student's estimates at both ends of a step of its teacher, [B], fp32.
 
     Line 6 to 9 of Algorithm 1 of Luo et al. (2023), but that the teacher's guidance is one and not
-    drawn, and that the target is the student's own without gradient and not its average's, with the
-    distance and the weight 1 / (sigma - following) that Song & Dhariwal (2023) found for
-    consistency training without a teacher. The consistency function f is the student's D wherever
-    there is noise, as the sampler `lcm` takes it, and f(x, 0) = x. Nothing is drawn here.
+    drawn, and that the target is the student's own without gradient and not its average's, with
+    the distance that Song & Dhariwal (2023) found for consistency training without a teacher. The
+    consistency function f is the student's D wherever there is noise, as the sampler `lcm` takes
+    it, and f(x, 0) = x. Nothing is drawn here.
+
+    Distances are weighed by sqrt(1 + 1 / sigma^2): so they are those of the velocity of Salimans &
+    Ho (2022), whatever the network predicts. Where there is little noise the teacher alone is
+    learned from; unweighted, the student drifts away from it there.
 
     Args:
         student: D(x, sigma, cond), differentiable.
@@ -47,7 +51,7 @@ def consistency_loss(
         noisy = following > 0
         target = student(earlier, torch.where(noisy, following, sigma), cond)
         target = torch.where(like(noisy, x), target, earlier)
-    return pseudo_huber(student(x, sigma, cond), target) / (sigma - following)
+    return (1 + sigma**-2).sqrt() * pseudo_huber(student(x, sigma, cond), target)
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
