@@ -135,10 +135,10 @@ class Run:
             finally:
                 self.checkpoints.join()
             self.checkpoints.wait()
-        if not stopped:
-            self.finish(model)
-        else:
+        if stopped:
             accelerator.print(f"stopped: the same command continues {config.run_dir}")
+        else:
+            self.finish(model)
         leave(accelerator)
         if stopped:
             sys.exit(STOPPED)

@@ -25,7 +25,7 @@ def consistency_loss(
 ) -> Tensor:
     """Distance between the student's estimates at both ends of a step of its teacher, [B], fp32.
 
-    Line 6 to 9 of Algorithm 1 of Luo et al. (2023), but that the teacher's guidance is one and not
+    Lines 6 to 9 of Algorithm 1 of Luo et al. (2023), but that the teacher's guidance is one and not
     drawn, and that the target is the student's own without gradient and not its average's, with
     the distance that Song & Dhariwal (2023) found for consistency training without a teacher. The
     consistency function f is the student's D wherever there is noise, as the sampler `lcm` takes

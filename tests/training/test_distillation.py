@@ -154,6 +154,10 @@ def test_a_lora_of_few_steps(tiny_chain: Any, teacher: Path, tmp_path: Path) -> 
     ("options", "says"),
     [
         ({"init_from": "null"}, "or a model in init_from"),
+        (
+            {"init_from": "null", "scheduler": "{}", "text_encoder": "clip"},
+            "distillation needs the teacher in init_from",
+        ),
         ({"train_text_encoder": True}, "distillation trains the U-Net"),
         ({"scheduler": "{prediction_type: epsilon}"}, "keeps its teacher's scheduler"),
         ({"objective__min_snr_gamma": 5}, "leave min_snr_gamma out"),
